@@ -1,0 +1,3 @@
+"""The version of the package, in every MODEL directory and report."""
+
+VERSION = "0.1.0"
