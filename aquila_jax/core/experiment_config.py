@@ -1,0 +1,404 @@
+"""An experiment: data, and a pipeline of stages, each (transform, train)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from aquila_jax.core import errors
+from aquila_jax.core.config import require
+from aquila_jax.core.model_config import ModelConfig
+
+GrowthMethod = Literal["fpi", "aki", "aki_pro", "random"]
+WidthMap = Literal["circular", "random"]
+DepthRule = Literal["interpolate", "stack"]
+ResidualReading = Literal["next_layer", "own_layer"]
+OptimizerRule = Literal["grow", "reset"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scratch:
+  """Random initialisation."""
+
+  kind: Literal["scratch"] = "scratch"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Load:
+  """Go on from a MODEL directory of the same architecture."""
+
+  kind: Literal["load"] = "load"
+  path: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaleUp:
+  """Grow width and depth from a source; see growth/scale_up.py."""
+
+  kind: Literal["scale_up"] = "scale_up"
+  # A stage of this pipeline, or the path of a MODEL directory.
+  source: str
+  method: GrowthMethod = "aki_pro"
+  width_map: WidthMap = "circular"
+  depth: DepthRule = "interpolate"
+  # Under AKI: whether the new outputs of the attention's and FFN's last
+  # projections (and of the norms) are the next layer's or the layer's own.
+  aki_residual: ResidualReading = "next_layer"
+  optimizer: OptimizerRule = "grow"
+  # Further methods whose loss right after growth is recorded beside.
+  compare: tuple[GrowthMethod, ...] = ()
+
+  def __post_init__(self):
+    require(
+      self.method != "aki_pro" or self.depth == "interpolate",
+      f"depth={self.depth!r}: method='aki_pro' is AKI with"
+      " depth='interpolate'; use method='aki' for another depth rule",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaleOut:
+  """Turn every FFN into experts; see growth/scale_out.py."""
+
+  kind: Literal["scale_out"] = "scale_out"
+  source: str
+  method: Literal["sparse_upcycling"] = "sparse_upcycling"
+  optimizer: OptimizerRule = "grow"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """AdamW and its schedule. Learning rates are peak values."""
+
+  learning_rate: float
+  schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+  warmup_steps: int = 0
+  # The last learning rate as a share of the peak.
+  final_ratio: float = 0.1
+  # Share of the steps in which "wsd" decays (linearly), at the end.
+  decay_share: float = 0.2
+  beta1: float = 0.9
+  beta2: float = 0.95
+  epsilon: float = 1e-8
+  weight_decay: float = 0.1
+  # Decay leaves with fewer than two declared matrix axes (norms, biases) too.
+  decay_vectors: bool = False
+  # None: no clipping of the global gradient norm.
+  clip_norm: float | None = 1.0
+  # None: no exponential moving average of the parameters.
+  ema_decay: float | None = None
+
+  def __post_init__(self):
+    require(
+      self.learning_rate > 0, f"learning_rate={self.learning_rate}: need > 0"
+    )
+    require(
+      self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps}: need >= 0"
+    )
+    for name in ("final_ratio", "decay_share"):
+      value = getattr(self, name)
+      require(0 <= value <= 1, f"{name}={value}: need 0 <= {name} <= 1")
+    for name in ("beta1", "beta2", "ema_decay"):
+      value = getattr(self, name)
+      require(
+        value is None or 0 <= value < 1, f"{name}={value}: need 0 <= {name} < 1"
+      )
+    require(self.epsilon > 0, f"epsilon={self.epsilon}: need > 0")
+    require(
+      self.weight_decay >= 0, f"weight_decay={self.weight_decay}: need >= 0"
+    )
+    require(
+      self.clip_norm is None or self.clip_norm > 0,
+      f"clip_norm={self.clip_norm}: need > 0, or None for no clipping",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+  """Weights of the terms beside the cross-entropy (AquilaMoE, section 3)."""
+
+  balance: float = 0.001  # Switch load balance, mean over layers
+  router_z: float = 0.01  # ST-MoE router z-loss, mean over layers
+  lm_z: float = 0.0  # PaLM: mean logsumexp(LM logits)^2
+  lm_max_z: float = 0.0  # Baichuan2: mean max(LM logits)^2
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      require(value >= 0, f"{field.name}={value}: need >= 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FreezeConfig:
+  """Which parameters stand still. A parameter trains if no rule freezes it."""
+
+  # Leaves that have any of these logical axes, e.g. ("vocab",) or ("expert",).
+  axes: tuple[str, ...] = ()
+  # Layers start..stop-1 of the stack; (0, 0) is none.
+  layers: tuple[int, int] = (0, 0)
+  # Train only what the last growth added: new layers and new indices of
+  # grown axes (LLaMA-Pro trains its new blocks so).
+  new_only: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+  """When to save, and what to keep."""
+
+  every_steps: int = 1000
+  # Also save when so many seconds have passed since the last one; 0 is never.
+  every_seconds: float = 300.0
+  keep_last: int = 2
+  # Of the steps with an evaluation, the best by validation loss.
+  keep_best: int = 1
+
+  def __post_init__(self):
+    require(self.every_steps >= 1, f"every_steps={self.every_steps}: need >= 1")
+    require(
+      self.every_seconds >= 0, f"every_seconds={self.every_seconds}: need >= 0"
+    )
+    require(self.keep_last >= 1, f"keep_last={self.keep_last}: need >= 1")
+    require(self.keep_best >= 0, f"keep_best={self.keep_best}: need >= 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  """One stage of training."""
+
+  # Optimizer steps. Exactly one of `steps` and `match_flops` is given.
+  steps: int = 0
+  # Train for as many FLOPs as this stage and all its ancestors took together.
+  match_flops: str = ""
+  batch_size: int  # sequences a step
+  sequence_length: int  # T, tokens
+  # Gradient accumulation: the batch in so many parts, one update.
+  num_microbatches: int = 1
+  optimizer: OptimizerConfig
+  loss: LossConfig = LossConfig()
+  freeze: FreezeConfig = FreezeConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  log_every: int = 10  # steps
+  # Steps between validations while training; 0 is none.
+  evaluate_every: int = 0
+  # Tokens of validation text a language in such a validation.
+  evaluate_tokens: int = 65536
+
+  def __post_init__(self):
+    require(
+      (self.steps > 0) != bool(self.match_flops),
+      f"steps={self.steps} and match_flops={self.match_flops!r}: give exactly"
+      " one, a positive number of steps or the name of a stage",
+    )
+    for name in ("batch_size", "sequence_length", "num_microbatches"):
+      value = getattr(self, name)
+      require(value >= 1, f"{name}={value}: need >= 1")
+    require(self.log_every >= 1, f"log_every={self.log_every}: need >= 1")
+    require(
+      self.evaluate_every >= 0,
+      f"evaluate_every={self.evaluate_every}: need >= 0",
+    )
+    require(
+      self.evaluate_tokens >= 1,
+      f"evaluate_tokens={self.evaluate_tokens}: need >= 1",
+    )
+    require(
+      self.batch_size % self.num_microbatches == 0,
+      f"batch_size={self.batch_size} is not a multiple of"
+      f" num_microbatches={self.num_microbatches}",
+    )
+
+  @property
+  def tokens_per_step(self) -> int:
+    return self.batch_size * self.sequence_length
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+  """Where the weights come from, what they fill, and how they are trained."""
+
+  init: Scratch | Load | ScaleUp | ScaleOut = Scratch()
+  model: ModelConfig
+  train: TrainConfig
+
+  def __post_init__(self):
+    require(
+      self.train.sequence_length <= self.model.context_length,
+      f"train.sequence_length={self.train.sequence_length} exceeds"
+      f" model.context_length={self.model.context_length}",
+    )
+    require(
+      not isinstance(self.init, ScaleOut) or self.model.moe is not None,
+      "model.moe=None: init.kind='scale_out' fills experts; give model.moe",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+  """One source of text. Its weight is relative to the other sources'."""
+
+  # A registered corpus ("corpus:NAME"), a Hugging Face dataset
+  # ("hf:NAME[:CONFIG[:SPLIT]]"), a file, a folder or a glob of .txt,
+  # .jsonl[.gz|.zst] and .parquet.
+  path: str
+  language: str
+  weight: float = 1.0
+  text_field: str = "text"  # of .jsonl and .parquet rows
+  # In .txt: a document is the whole file, or the text between blank lines.
+  txt_documents: Literal["file", "paragraph"] = "file"
+  licence: str = "not stated"
+  max_bytes: int = 0  # of text taken from this source; 0 is all
+
+  def __post_init__(self):
+    require(self.weight > 0, f"weight={self.weight}: need > 0")
+    require(self.max_bytes >= 0, f"max_bytes={self.max_bytes}: need >= 0")
+    require(bool(self.path), "path='': name a corpus, a file or a folder")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+  """A given tokenizer.json, or a byte-level BPE trained on the text."""
+
+  path: str = ""
+  vocab_size: int = 8192  # of the BPE to train; unused with `path`
+  end_of_text: str = "<|endoftext|>"  # stands between documents
+  max_training_bytes: int = 8_000_000  # a language, of the BPE to train
+
+  def __post_init__(self):
+    require(
+      self.vocab_size >= 257 or bool(self.path),
+      f"vocab_size={self.vocab_size}: need >= 257, the bytes and end_of_text",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CleaningConfig:
+  """What prepare_data drops. Everything dropped is counted in the card."""
+
+  min_characters: int = 32  # shorter documents are dropped
+  exact_duplicates: bool = True
+  # Estimated Jaccard similarity of character 5-gram sets from which the later
+  # of two documents is dropped; 1.0 keeps near duplicates.
+  near_duplicate_threshold: float = 0.8
+  # A corrupt line, bad UTF-8, an empty file or shard.
+  on_bad_input: Literal["skip", "refuse"] = "skip"
+
+  def __post_init__(self):
+    require(
+      self.min_characters >= 0,
+      f"min_characters={self.min_characters}: need >= 0",
+    )
+    require(
+      0 < self.near_duplicate_threshold <= 1,
+      f"near_duplicate_threshold={self.near_duplicate_threshold}:"
+      " need 0 < threshold <= 1",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """The text of an experiment."""
+
+  # A directory of prepare_data; "" is WORKDIR/data, prepared when missing.
+  prepared: str = ""
+  sources: dict[str, SourceConfig]
+  tokenizer: TokenizerConfig = TokenizerConfig()
+  cleaning: CleaningConfig = CleaningConfig()
+  # Shares of the documents held out, chosen by a hash of the text.
+  validation_share: float = 0.01
+  test_share: float = 0.01
+  seed: int = 0  # of the order of documents and of the mixture
+
+  def __post_init__(self):
+    require(bool(self.sources), "sources={}: give at least one source")
+    for name in ("validation_share", "test_share"):
+      value = getattr(self, name)
+      require(0 < value < 0.5, f"{name}={value}: need 0 < {name} < 0.5")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """Sizes of the device mesh; one of them may be -1, whatever is left."""
+
+  data: int = -1
+  fsdp: int = 1
+  expert: int = 1
+  tensor: int = 1
+
+  def __post_init__(self):
+    sizes = dataclasses.astuple(self)
+    require(
+      all(size >= 1 or size == -1 for size in sizes)
+      and sum(size == -1 for size in sizes) <= 1,
+      f"mesh sizes {sizes} (data, fsdp, expert, tensor): need >= 1 each, at"
+      " most one -1",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+  """What is measured of every stage when it is done."""
+
+  split: Literal["validation", "test"] = "test"
+  max_tokens: int = 0  # a language; 0 is the whole split
+  batch_size: int = 16  # sequences
+  prompts: tuple[str, ...] = ()
+  max_new_tokens: int = 48
+  temperature: float = 0.8
+  top_p: float = 0.95
+
+  def __post_init__(self):
+    require(self.max_tokens >= 0, f"max_tokens={self.max_tokens}: need >= 0")
+    require(self.batch_size >= 1, f"batch_size={self.batch_size}: need >= 1")
+    require(
+      self.max_new_tokens >= 1,
+      f"max_new_tokens={self.max_new_tokens}: need >= 1",
+    )
+    require(self.temperature >= 0, f"temperature={self.temperature}: need >= 0")
+    require(0 < self.top_p <= 1, f"top_p={self.top_p}: need 0 < top_p <= 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+  """A pipeline of named stages over one body of text."""
+
+  name: str
+  seed: int = 0  # of every initialisation; data.seed orders the text
+  data: DataConfig
+  stages: dict[str, StageConfig]
+  # The stages to run, in order (a ConfigDict does not keep one).
+  pipeline: tuple[str, ...]
+  evaluation: EvaluationConfig = EvaluationConfig()
+  mesh: MeshConfig = MeshConfig()
+
+  def __post_init__(self):
+    require(bool(self.pipeline), "pipeline=(): name at least one stage")
+    require(
+      len(set(self.pipeline)) == len(self.pipeline),
+      f"pipeline={self.pipeline}: a stage stands twice",
+    )
+    for i, name in enumerate(self.pipeline):
+      if name not in self.stages:
+        raise errors.unknown_name(f"config.pipeline[{i}]", name, self.stages)
+      matched = self.stages[name].train.match_flops
+      if matched and matched not in self.pipeline[:i]:
+        raise errors.UserError(
+          f"config.stages.{name}.train.match_flops={matched!r}: expected a"
+          f" stage that stands before it in pipeline={self.pipeline}"
+        )
+
+  def stage(self, name: str) -> StageConfig:
+    """The stage called `name`; "" is the only stage of the pipeline.
+
+    Raises:
+      errors.UserError: where there is no such stage, or "" is ambiguous.
+    """
+    if not name:
+      if len(self.pipeline) != 1:
+        raise errors.UserError(
+          f"the config has {len(self.pipeline)} stages; choose one with"
+          f" --stage={'|'.join(self.pipeline)}"
+        )
+      name = self.pipeline[0]
+    if name not in self.stages:
+      raise errors.unknown_name("--stage", name, self.stages)
+    return self.stages[name]

@@ -1,0 +1,205 @@
+"""The MODEL directory: the only thing that verbs hand to each other.
+
+  MODEL/
+    config.json      format, package version, architecture, lineage
+    tokenizer.json   of the text it was trained on
+    params/          one zarr3 directory a leaf (array_store.py)
+    optimizer/       Adam's mu, nu and count, unless left out
+    ema/             averaged parameters, where training kept them
+
+A directory is written beside its place and renamed into it at the end; its
+config.json is written last and marks it as whole where a rename is not atomic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from aquila_jax import version
+from aquila_jax.core import array_store, axes, config, dtypes, errors
+from aquila_jax.core.lineage import Lineage
+from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.core.moments import AdamMoments
+from aquila_jax.core.types import Params
+
+FORMAT = 1
+_COUNT_AXES = axes.LeafAxes(())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredModel:
+  """A model as it stands on disk."""
+
+  config: ModelConfig
+  lineage: Lineage
+  params: Params
+  tokenizer: str  # the text of tokenizer.json
+  moments: AdamMoments | None = None
+  ema: Params | None = None
+
+
+def save_model(path: str | os.PathLike[str], model: StoredModel, *, axes: Any):
+  """Writes a MODEL directory, whole or not at all.
+
+  Args:
+    path: the directory; it must not exist.
+    model: what to write.
+    axes: the declared axes of the parameters, for the chunks.
+
+  Raises:
+    errors.UserError: where `path` exists.
+  """
+  target = epath.Path(path)
+  if target.exists():
+    raise errors.UserError(f"{target} exists; choose another output")
+  partial = target.parent / f".{target.name}.partial"
+  if partial.exists():  # of a writer that was killed
+    partial.rmtree()
+  partial.mkdir(parents=True)
+  array_store.write_tree(partial / "params", model.params, axes=axes)
+  if model.moments is not None:
+    array_store.write_tree(
+      partial / "optimizer",
+      _moments_tree(model.moments),
+      axes={"mu": axes, "nu": axes, "count": _COUNT_AXES},
+    )
+  if model.ema is not None:
+    array_store.write_tree(partial / "ema", model.ema, axes=axes)
+  (partial / "tokenizer.json").write_text(model.tokenizer)
+  (partial / "config.json").write_text(json.dumps(_header(model), indent=2))
+  partial.rename(target)
+
+
+def read_header(
+  path: str | os.PathLike[str], *, what: str = "MODEL"
+) -> tuple[ModelConfig, Lineage]:
+  """The architecture and lineage of a MODEL directory, without its arrays.
+
+  Args:
+    path: the directory.
+    what: the flag or field that named it, for messages.
+
+  Returns:
+    The configuration and the lineage.
+
+  Raises:
+    errors.UserError: where `path` is not a whole MODEL directory.
+  """
+  directory = epath.Path(path)
+  if not directory.is_dir():
+    near = _nearby_models(directory)
+    raise errors.UserError(
+      f"{what}={str(path)!r}: there is no such directory"
+      + (f"; {errors.nearest(str(path), near)}" if near else "")
+    )
+  header_file = directory / "config.json"
+  if not header_file.exists():
+    near = _nearby_models(directory / "model")
+    raise errors.UserError(
+      f"{what}={str(path)!r} is not a MODEL directory: it has no config.json"
+      + (f"; {errors.nearest(str(directory / 'model'), near)}" if near else "")
+    )
+  try:
+    header = json.loads(header_file.read_text())
+    model = header["model"]
+    lineage = Lineage.from_json(header["lineage"])
+    stored_format = header["format"]
+  except (ValueError, KeyError, TypeError) as error:
+    raise errors.UserError(
+      f"{header_file} is not a MODEL header: {type(error).__name__}: {error}"
+    ) from error
+  if stored_format != FORMAT:
+    raise errors.UserError(
+      f"{header_file}: format {stored_format}, this version reads {FORMAT}"
+    )
+  return config.build(ModelConfig, model, path=f"{header_file}:model"), lineage
+
+
+def load_model(
+  path: str | os.PathLike[str],
+  *,
+  like: Any,
+  with_optimizer: bool = True,
+  what: str = "MODEL",
+) -> StoredModel:
+  """Reads a MODEL directory.
+
+  Args:
+    path: the directory.
+    like: a function from its ModelConfig to the abstract parameters, in
+      practice `decoder_lm.abstract_params`.
+    with_optimizer: whether to read the optimizer state where there is one.
+    what: the flag or field that named it, for messages.
+
+  Returns:
+    The stored model.
+
+  Raises:
+    errors.UserError: as `read_header`, or where a leaf is missing, left over,
+      misshapen or damaged.
+  """
+  directory = epath.Path(path)
+  model_config, lineage = read_header(path, what=what)
+  shapes = like(model_config)
+  wide = _widened(shapes)
+  moments = None
+  if with_optimizer and (directory / "optimizer").exists():
+    moments = _read_moments(directory / "optimizer", wide)
+  ema = directory / "ema"
+  return StoredModel(
+    config=model_config,
+    lineage=lineage,
+    params=array_store.read_tree(directory / "params", shapes),
+    tokenizer=(directory / "tokenizer.json").read_text(),
+    moments=moments,
+    ema=array_store.read_tree(ema, wide) if ema.exists() else None,
+  )
+
+
+def _header(model: StoredModel) -> dict[str, Any]:
+  return {
+    "format": FORMAT,
+    "package_version": version.VERSION,
+    "model": config.to_dict(model.config),
+    "lineage": model.lineage.to_json(),
+  }
+
+
+def _moments_tree(moments: AdamMoments) -> dict[str, Any]:
+  return {"mu": moments.mu, "nu": moments.nu, "count": moments.count}
+
+
+def _read_moments(directory: epath.Path, wide: Any) -> AdamMoments:
+  count = jax.ShapeDtypeStruct((), jnp.int32)
+  tree = array_store.read_tree(
+    directory, {"mu": wide, "nu": wide, "count": count}
+  )
+  return AdamMoments(count=tree["count"], mu=tree["mu"], nu=tree["nu"])
+
+
+def _widened(shapes: Any) -> Any:
+  """Moments and average are at least float32 whatever the parameters are."""
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape, dtypes.at_least_float32(leaf.dtype)
+    ),
+    shapes,
+  )
+
+
+def _nearby_models(path: epath.Path) -> list[str]:
+  """MODEL directories beside `path`, for a hint."""
+  if not path.parent.is_dir():
+    return []
+  return [
+    str(child)
+    for child in path.parent.iterdir()
+    if (child / "config.json").exists()
+  ]

@@ -1,0 +1,65 @@
+"""Types that the packages hand to each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+from flax import struct
+
+# A field of a pytree: an array, or whatever a tree transformation puts in its
+# place (a shape, a sharding). Its own shape stands in a comment beside it.
+if TYPE_CHECKING:
+  Leaf = jax.Array
+else:
+  Leaf = Any
+
+# jax.Device is a class at run time, but to pyright a variable.
+if TYPE_CHECKING:
+  Device = Any
+else:
+  Device = jax.Device
+
+# Nested dicts of arrays; leaves and structure are declared by the model.
+Params = Any
+
+
+class Batch(struct.PyTreeNode):
+  """Packed rows of text.
+
+  `segments` numbers the documents of a row from 1; 0 is padding. `positions`
+  restart at 0 in every document. A target is the next token of the same
+  document; where there is none its weight is 0.
+  """
+
+  tokens: Leaf  # int [B T]
+  targets: Leaf  # int [B T]
+  weights: Leaf  # float [B T]
+  segments: Leaf  # int [B T]
+  positions: Leaf  # int [B T]
+  languages: Leaf  # int [B T]; index into the data's list of languages
+
+
+class RoutingStats(struct.PyTreeNode):
+  """What one MoE layer, or with a leading axis L a stack, says of its routing.
+
+  Padding tokens never count. Float32 throughout.
+  """
+
+  balance_loss: Leaf  # float [*L]; E * sum f_i P_i; 1 when balanced
+  z_loss: Leaf  # float [*L]; mean logsumexp(router logits)^2
+  load: Leaf  # float [*L E]; share of the assignments an expert gets
+  dropped: Leaf  # float [*L]; share of the assignments that found no slot
+
+
+class TrainState(struct.PyTreeNode):
+  """Everything that a training step changes.
+
+  `step` counts the optimizer steps of this stage; the Adam counter inside
+  `opt_state` goes on through growth.
+  """
+
+  step: Leaf  # int []
+  params: Params
+  opt_state: Any
+  ema: Params | None = None

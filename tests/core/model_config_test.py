@@ -1,0 +1,76 @@
+"""Sizes that cannot be a model are refused by the class that owns them."""
+
+from __future__ import annotations
+
+import pytest
+
+from aquila_jax.core.model_config import ModelConfig, MoeConfig
+
+
+def _model(**fields) -> ModelConfig:
+  defaults = dict(
+    vocab_size=32,
+    num_layers=2,
+    embed_dim=8,
+    mlp_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+  )
+  return ModelConfig(**(defaults | fields))
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"num_layers": 0}, "num_layers=0: need >= 1"),
+    ({"num_heads": 3}, "num_heads=3 is not a multiple of num_kv_heads=2"),
+    ({"head_dim": 5}, "head_dim=5: rotary embeddings need an even width"),
+    ({"norm_epsilon": 0.0}, "norm_epsilon=0.0: need > 0"),
+  ],
+)
+def test_model_is_refused(fields, message):
+  with pytest.raises(ValueError) as error:
+    _model(**fields)
+  assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"num_experts": 1, "top_k": 1}, "num_experts=1: need >= 2"),
+    ({"top_k": 9}, "top_k=9: need 1 <= top_k <= num_experts=8"),
+    (
+      {"capacity_factor": 0.0},
+      "capacity_factor=0.0: need > 0, or None for dropless",
+    ),
+    ({"block_size": 0}, "block_size=0: need >= 1"),
+    (
+      {"router_init_std": 0.0},
+      "router_init_std=0.0: need > 0, a router of zeros sends every token to"
+      " the first experts",
+    ),
+  ],
+)
+def test_mixture_is_refused(fields, message):
+  with pytest.raises(ValueError) as error:
+    MoeConfig(**fields)
+  assert str(error.value) == message
+
+
+def test_query_heads_a_group():
+  assert _model(num_heads=6, num_kv_heads=2).queries_per_kv == 3
+
+
+@pytest.mark.parametrize(
+  ("order", "renormalise", "sums_to_one"),
+  [
+    ("topk_then_softmax", False, True),
+    ("topk_then_softmax", True, True),
+    ("softmax_then_topk", True, True),
+    ("softmax_then_topk", False, False),
+  ],
+)
+def test_gates_sum_to_one(order, renormalise, sums_to_one):
+  moe = MoeConfig(router_order=order, renormalise=renormalise)
+  assert moe.gates_sum_to_one == sums_to_one
