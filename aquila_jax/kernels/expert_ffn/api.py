@@ -1,0 +1,59 @@
+"""SwiGLU experts over blocks of rows: the public call and its backends."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import jax
+from absl import logging
+from jaxtyping import Array, Float, Int
+
+from aquila_jax.kernels.expert_ffn import cpu_loop, reference
+
+Implementation = Literal["xla", "cpu_loop"]
+_BACKENDS = {"xla": reference.expert_ffn, "cpu_loop": cpu_loop.expert_ffn}
+
+
+def expert_ffn(
+  rows: Float[Array, "P Q D"],
+  kernels: tuple[
+    Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]
+  ],
+  *,
+  block_expert: Int[Array, "P"],
+  num_blocks: Int[Array, ""],
+  implementation: Implementation | None = None,
+) -> Float[Array, "P Q D"]:
+  """down(silu(x gate) * (x up)) with the kernels of each block's expert.
+
+  Args:
+    rows: P blocks of Q rows; all rows of a block belong to one expert.
+    kernels: gate, up and down of all E experts.
+    block_expert: the expert of every block.
+    num_blocks: how many of the P blocks are in use; they come first. The
+      others give zeros.
+    implementation: None chooses by platform.
+
+  Returns:
+    One output row for each input row.
+
+  Raises:
+    NotImplementedError: where `implementation` is not one of the backends.
+  """
+  name = implementation or _platform_default()
+  if name not in _BACKENDS:
+    raise NotImplementedError(
+      f"implementation={name!r}; there are {', '.join(_BACKENDS)}"
+    )
+  return _BACKENDS[name](
+    rows, kernels, block_expert=block_expert, num_blocks=num_blocks
+  )
+
+
+@functools.cache
+def _platform_default() -> Implementation:
+  platform = jax.default_backend()
+  name: Implementation = "cpu_loop" if platform == "cpu" else "xla"
+  logging.info("expert_ffn: %s on %s", name, platform)
+  return name

@@ -1,0 +1,184 @@
+"""Causal grouped-query attention over packed documents."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from aquila_jax.core import axes, dtypes
+from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.core.types import Leaf
+from aquila_jax.layers import rotary
+
+
+class KVCache(struct.PyTreeNode):
+  """Keys and values of the tokens seen so far, one layer or a stack of them.
+
+  Slots are filled in order of arrival; `segments` is 0 where a slot is empty.
+  """
+
+  key: Leaf  # float [*L B S K H]
+  value: Leaf  # float [*L B S K H]
+  segments: Leaf  # int [*L B S]
+  length: Leaf  # int [*L]; slots filled
+
+
+def causal_mask(
+  query_segments: Int[Array, "B T"],
+  key_segments: Int[Array, "B S"],
+  *,
+  offset: Int[Array, ""] | int = 0,
+) -> Bool[Array, "B T S"]:
+  """Query t may see key s iff s <= t + offset and both are of one document.
+
+  Packed documents so never attend across their borders. Segment 0, padding,
+  sees its own padding and nothing else, which keeps its softmax defined.
+
+  Args:
+    query_segments: the document number of every query token.
+    key_segments: the same of every key token.
+    offset: the slot of query token 0 among the keys.
+
+  Returns:
+    True where attention is allowed.
+  """
+  num_queries, num_keys = query_segments.shape[1], key_segments.shape[1]
+  query_slot = jnp.arange(num_queries)[:, None] + offset
+  past = jnp.arange(num_keys)[None, :] <= query_slot
+  same = query_segments[:, :, None] == key_segments[:, None, :]
+  return past[None] & same
+
+
+def attend(
+  query: Float[Array, "B T K G H"],
+  key: Float[Array, "B S K H"],
+  value: Float[Array, "B S K H"],
+  *,
+  mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T K G H"]:
+  """softmax(q k^T / sqrt(H)) v; logits and softmax in float32.
+
+  Heads stay group-major, [K, G], as the kernels have them.
+  """
+  scale = query.shape[-1] ** -0.5
+  dtype = dtypes.at_least_float32(query.dtype)
+  logits = jnp.einsum(
+    "BTKGH,BSKH->BKGTS", query * scale, key, preferred_element_type=dtype
+  )
+  logits = jnp.where(mask[:, None, None], logits, jnp.finfo(dtype).min)
+  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+  return jnp.einsum("BKGTS,BSKH->BTKGH", weights, value)
+
+
+class Attention(nn.Module):
+  """Grouped-query attention (arXiv 2305.13245) with RoPE, optional QKV bias.
+
+  A query kernel is [D, K, G, H]: head growth inside the groups is plain growth
+  of its `q_per_kv` axis.
+  """
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    *,
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    cache: KVCache | None = None,
+  ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """Attends to the row itself, or to the cache with the row appended."""
+    config = self.config
+    query = self._project("query", x, head_axes=("kv_head", "q_per_kv"))
+    key = self._project("key", x, head_axes=("kv_head",))
+    value = self._project("value", x, head_axes=("kv_head",))
+    tables = rotary.rotary_tables(
+      positions, head_dim=config.head_dim, theta=config.rope_theta
+    )
+    query, key = rotary.rotate(query, tables), rotary.rotate(key, tables)
+    if cache is None:
+      mask = causal_mask(segments, segments)
+    else:
+      mask_offset = cache.length
+      cache = _append(cache, key=key, value=value, segments=segments)
+      key, value = cache.key, cache.value
+      mask = causal_mask(segments, cache.segments, offset=mask_offset)
+    heads = attend(query, key, value, mask=mask)
+    out = self._kernel("out", ("kv_head", "q_per_kv", "head_dim"), "embed")
+    return jnp.einsum("BTKGH,KGHD->BTD", heads, out.astype(x.dtype)), cache
+
+  def _project(
+    self, name: str, x: Float[Array, "B T D"], *, head_axes: tuple[str, ...]
+  ) -> Float[Array, "B T *heads H"]:
+    """X W (+ b) into the head axes and head_dim."""
+    config = self.config
+    sizes = [self._size(axis) for axis in (*head_axes, "head_dim")]
+    written = [axes.writes(axis) for axis in (*head_axes, "head_dim")]
+    kernel = self.param(
+      f"{name}_kernel",
+      axes.declare(
+        nn.initializers.normal(config.init_std), [axes.reads("embed"), *written]
+      ),
+      (x.shape[-1], *sizes),
+      jnp.dtype(config.param_dtype),
+    )
+    heads = jnp.tensordot(x, kernel.astype(x.dtype), axes=1)
+    if config.qkv_bias:
+      bias = self.param(
+        f"{name}_bias",
+        axes.declare(nn.initializers.zeros, written),
+        tuple(sizes),
+        jnp.dtype(config.param_dtype),
+      )
+      heads = heads + bias.astype(x.dtype)[None, None]
+    return heads
+
+  def _kernel(
+    self, name: str, read: tuple[str, ...], written: str
+  ) -> Float[Array, "K G H D"]:
+    config = self.config
+    return self.param(
+      f"{name}_kernel",
+      axes.declare(
+        nn.initializers.normal(config.init_std),
+        [*map(axes.reads, read), axes.writes(written)],
+      ),
+      tuple(self._size(axis) for axis in (*read, written)),
+      jnp.dtype(config.param_dtype),
+    )
+
+  def _size(self, axis: str) -> int:
+    return {
+      "embed": self.config.embed_dim,
+      "kv_head": self.config.num_kv_heads,
+      "q_per_kv": self.config.queries_per_kv,
+      "head_dim": self.config.head_dim,
+    }[axis]
+
+
+def _append(
+  cache: KVCache,
+  *,
+  key: Float[Array, "B T K H"],
+  value: Float[Array, "B T K H"],
+  segments: Int[Array, "B T"],
+) -> KVCache:
+  """Writes the row's keys and values into the next free slots."""
+  zero = jnp.zeros((), cache.length.dtype)
+  start = (zero, cache.length, zero, zero)
+  return KVCache(
+    key=jax.lax.dynamic_update_slice(
+      cache.key, key.astype(cache.key.dtype), start
+    ),
+    value=jax.lax.dynamic_update_slice(
+      cache.value, value.astype(cache.value.dtype), start
+    ),
+    segments=jax.lax.dynamic_update_slice(
+      cache.segments, segments, (zero, cache.length)
+    ),
+    length=cache.length + segments.shape[1],
+  )

@@ -1,0 +1,46 @@
+"""The dense SwiGLU feed-forward network, arXiv 2002.05202."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from aquila_jax.core import axes
+from aquila_jax.core.model_config import ModelConfig
+
+# The kernels of one FFN and their axes. A mixture has the same three names with
+# an `expert` axis in front, so that Scale-Out is: this leaf gains that axis.
+KERNEL_AXES = {
+  "gate_kernel": (axes.reads("embed"), axes.writes("mlp")),
+  "up_kernel": (axes.reads("embed"), axes.writes("mlp")),
+  "down_kernel": (axes.reads("mlp"), axes.writes("embed")),
+}
+
+
+def kernel_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
+  """The shape of one FFN's kernel `name`, a key of KERNEL_AXES."""
+  sizes = {"embed": config.embed_dim, "mlp": config.mlp_dim}
+  return tuple(sizes[axis.name] for axis in KERNEL_AXES[name])
+
+
+class FeedForward(nn.Module):
+  """down(silu(x gate) * (x up)), without biases."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    gate, up, down = (
+      self.param(
+        name,
+        axes.declare(nn.initializers.normal(self.config.init_std), leaf_axes),
+        kernel_shape(self.config, name),
+        jnp.dtype(self.config.param_dtype),
+      ).astype(x.dtype)
+      for name, leaf_axes in KERNEL_AXES.items()
+    )
+    hidden = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x, gate))
+    hidden = hidden * jnp.einsum("BTD,DF->BTF", x, up)
+    return jnp.einsum("BTF,FD->BTD", hidden, down)

@@ -1,0 +1,177 @@
+"""The decoder: from tokens to logits. One model for dense and MoE.
+
+tokens -> Embedding -> L x Block -> RMSNorm -> LM head -> logits
+Block: x + Attention(RMSNorm(x)), then x + FFN or MoE(RMSNorm(x))
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from aquila_jax.core import axes
+from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.core.types import Leaf, Params, RoutingStats
+from aquila_jax.layers.attention import Attention, KVCache
+from aquila_jax.layers.embedding import Embedding, LMHead
+from aquila_jax.layers.feed_forward import FeedForward
+from aquila_jax.layers.moe.layer import MoeFeedForward
+from aquila_jax.layers.norm import RMSNorm
+
+
+class DecoderOutput(struct.PyTreeNode):
+  """What the decoder answers."""
+
+  logits: Leaf  # float [B T V]; at least float32
+  routing: RoutingStats | None  # leaves stacked over layers; None when dense
+  cache: KVCache | None  # stacked over layers; None when none was given
+
+
+def _norm(config: ModelConfig, name: str, *, reads: bool = False) -> RMSNorm:
+  return RMSNorm(
+    epsilon=config.norm_epsilon,
+    scale_axis=axes.reads("embed") if reads else axes.writes("embed"),
+    param_dtype=jnp.dtype(config.param_dtype),
+    name=name,
+  )
+
+
+class Block(nn.Module):
+  """One layer: pre-norm attention and pre-norm feed-forward."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    cache: KVCache | None,
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+  ) -> tuple[Float[Array, "B T D"], tuple[RoutingStats | None, KVCache | None]]:
+    attended, cache = Attention(self.config, name="attention")(
+      _norm(self.config, "attention_norm")(x),
+      positions=positions,
+      segments=segments,
+      cache=cache,
+    )
+    x = x + attended
+    normed = _norm(self.config, "mlp_norm")(x)
+    if self.config.moe is None:
+      return x + FeedForward(self.config, name="mlp")(normed), (None, cache)
+    out, stats = MoeFeedForward(self.config, name="mlp")(
+      normed, segments=segments
+    )
+    return x + out, (stats, cache)
+
+
+_REMAT_POLICIES = {
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class DecoderLM(nn.Module):
+  """A decoder language model over packed rows of documents."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Int[Array, "B T"],
+    *,
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    cache: KVCache | None = None,
+  ) -> DecoderOutput:
+    """Logits of the next token, for every token.
+
+    Args:
+      tokens: token ids below V.
+      positions: from 0 in every document.
+      segments: documents of a row, from 1; 0 is padding.
+      cache: of `make_cache`, to go on from; T new tokens are appended.
+
+    Returns:
+      Logits, the routing of every layer, and the grown cache.
+    """
+    config = self.config
+    embedding = Embedding(config, name="embedding")
+    x = embedding(tokens)
+    block = Block
+    if config.remat != "none":
+      block = nn.remat(
+        Block, policy=_REMAT_POLICIES[config.remat], prevent_cse=False
+      )
+    layers = nn.scan(
+      block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      # Flax declares no type; pyright takes that of the default, an int.
+      in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+      out_axes=0,
+      length=config.num_layers,
+      metadata_params={nn.meta.PARTITION_NAME: "layer"},
+    )(config, name="layers")
+    x, (routing, cache) = layers(x, cache, positions, segments)
+    tied = config.tied_embeddings
+    x = _norm(config, "final_norm", reads=tied)(x)
+    logits = embedding.attend(x) if tied else LMHead(config, name="lm_head")(x)
+    return DecoderOutput(logits=logits, routing=routing, cache=cache)
+
+
+def make_cache(
+  config: ModelConfig, *, batch_size: int, num_slots: int
+) -> KVCache:
+  """An empty cache of `num_slots` tokens a row, stacked over the layers."""
+  shape = (
+    config.num_layers,
+    batch_size,
+    num_slots,
+    config.num_kv_heads,
+    config.head_dim,
+  )
+  dtype = jnp.dtype(config.compute_dtype)
+  return KVCache(
+    key=jnp.zeros(shape, dtype),
+    value=jnp.zeros(shape, dtype),
+    segments=jnp.zeros(shape[:3], jnp.int32),
+    length=jnp.zeros(config.num_layers, jnp.int32),
+  )
+
+
+def _init_declared(config: ModelConfig, key: jax.Array) -> Any:
+  row = jnp.ones((1, 2), jnp.int32)
+  model = DecoderLM(config)
+  variables = model.init(key, row, positions=row, segments=row)
+  return variables["params"]
+
+
+def init_params(config: ModelConfig, *, key: jax.Array) -> Params:
+  """Random parameters: plain nested dicts of arrays."""
+  return axes.split_declared(_init_declared(config, key))[0]
+
+
+@functools.cache
+def _abstract(config: ModelConfig) -> tuple[Any, Any]:
+  boxed = jax.eval_shape(
+    functools.partial(_init_declared, config), jax.random.key(0)
+  )
+  return axes.split_declared(boxed)
+
+
+def abstract_params(config: ModelConfig) -> Params:
+  """The parameters' shapes and dtypes, without allocating any."""
+  return _abstract(config)[0]
+
+
+def parameter_axes(config: ModelConfig) -> Any:
+  """The declared `LeafAxes` of every parameter, in the same structure."""
+  return _abstract(config)[1]

@@ -1,0 +1,225 @@
+"""Grouped-query attention against loops over heads, queries and keys."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aquila_jax.core import axes
+from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.layers import attention, rotary
+from aquila_jax.layers.attention import Attention, KVCache
+
+
+def _config(**fields) -> ModelConfig:
+  defaults = dict(
+    vocab_size=8,
+    num_layers=1,
+    embed_dim=6,
+    mlp_dim=8,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=4,
+    rope_theta=100.0,
+    compute_dtype="float32",
+  )
+  return ModelConfig(**(defaults | fields))
+
+
+def _normal(seed: int, shape) -> np.ndarray:
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+# Three documents; the last two slots are padding.
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
+POSITIONS = np.array([[0, 1, 2, 0, 1, 0, 0, 0], [0, 1, 2, 3, 4, 5, 6, 7]])
+
+
+def test_mask_is_causal_within_documents():
+  mask = attention.causal_mask(
+    jnp.asarray([[1, 1, 2, 2, 0]]), jnp.asarray([[1, 1, 2, 2, 0]])
+  )
+  expected = [
+    [1, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0],
+    [0, 0, 1, 0, 0],
+    [0, 0, 1, 1, 0],
+    [0, 0, 0, 0, 1],
+  ]
+  np.testing.assert_array_equal(mask[0], np.array(expected, bool))
+
+
+def test_mask_with_an_offset_sees_the_slots_before():
+  mask = attention.causal_mask(
+    jnp.asarray([[1, 1]]), jnp.asarray([[1, 2, 1, 1, 0]]), offset=2
+  )
+  expected = [[1, 0, 1, 0, 0], [1, 0, 1, 1, 0]]
+  np.testing.assert_array_equal(mask[0], np.array(expected, bool))
+
+
+def _attend_by_loops(query, key, value, mask, *, xp=np):
+  """softmax(q k / sqrt(H)) v, one query and one key at a time; [B T N H]."""
+  rows = []
+  for b, t, n in np.ndindex(query.shape[:3]):
+    seen = [s for s in range(key.shape[1]) if mask[b, t, s]]
+    group = n // (query.shape[2] // key.shape[2])
+    logits = [xp.dot(query[b, t, n], key[b, s, group]) for s in seen]
+    weights = xp.exp(xp.stack(logits) / query.shape[-1] ** 0.5)
+    weights = weights / xp.sum(weights)
+    rows.append(weights @ xp.stack([value[b, s, group] for s in seen]))
+  return xp.stack(rows).reshape(query.shape)
+
+
+def test_attend_and_its_gradients_equal_loops_over_heads_and_keys():
+  query, key, value, weights = (
+    jnp.asarray(_normal(0, (1, 4, 4, 6))),  # T = 4, N = 4 heads, group-major
+    jnp.asarray(_normal(1, (1, 4, 2, 6))),
+    jnp.asarray(_normal(2, (1, 4, 2, 6))),
+    jnp.asarray(_normal(3, (1, 4, 4, 6))),
+  )
+  segments = np.array([[1, 1, 1, 2]])
+  mask = segments[:, :, None] == segments[:, None, :]
+  mask &= np.tril(np.ones((4, 4), bool))
+
+  def fast(query, key, value):
+    grouped = query.reshape(1, 4, 2, 2, 6)  # N -> (K, G)
+    out = attention.attend(grouped, key, value, mask=jnp.asarray(mask))
+    return out.reshape(1, 4, 4, 6)
+
+  def slow(query, key, value):
+    return _attend_by_loops(query, key, value, mask, xp=jnp)
+
+  arguments = (query, key, value)
+  np.testing.assert_allclose(fast(*arguments), slow(*arguments), atol=2e-6)
+  fast_grads, slow_grads = (
+    jax.grad(lambda *a, f=f: jnp.sum(weights * f(*a)), argnums=(0, 1, 2))(
+      *arguments
+    )
+    for f in (fast, slow)
+  )
+  for found, expected in zip(fast_grads, slow_grads, strict=True):
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@functools.cache
+def _layer(**fields):
+  """A layer with random parameters, biases among them."""
+  config = _config(**fields)
+  x = jnp.asarray(_normal(4, (2, 8, 6)))
+  variables, declared = axes.split_declared(
+    Attention(config).init(
+      jax.random.key(0),
+      x,
+      positions=jnp.asarray(POSITIONS),
+      segments=jnp.asarray(SEGMENTS),
+    )
+  )
+  params = {
+    name: jnp.asarray(_normal(i, leaf.shape)) / 2
+    for i, (name, leaf) in enumerate(sorted(variables["params"].items()))
+  }
+  return config, params, declared["params"], x
+
+
+def _run(config, params, x, *, segments, positions, cache=None):
+  return Attention(config).apply(
+    {"params": params},
+    x,
+    positions=jnp.asarray(positions),
+    segments=jnp.asarray(segments),
+    cache=cache,
+  )
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_layer_equals_head_by_head_products(qkv_bias):
+  config, params, _, x = _layer(qkv_bias=qkv_bias)
+  out, cache = _run(config, params, x, segments=SEGMENTS, positions=POSITIONS)
+  assert cache is None
+  tables = rotary.rotary_tables(jnp.asarray(POSITIONS), head_dim=4, theta=100.0)
+  heads = {}
+  for name, kernel_heads in (("query", (2, 3)), ("key", (2,)), ("value", (2,))):
+    kernel = params[f"{name}_kernel"].reshape(6, -1, 4)
+    bias = params.get(f"{name}_bias", jnp.zeros((*kernel_heads, 4)))
+    one_by_one = [
+      x @ kernel[:, n] + bias.reshape(-1, 4)[None, None, n]
+      for n in range(kernel.shape[1])
+    ]
+    heads[name] = jnp.stack(one_by_one, axis=2)
+  mask = (SEGMENTS[:, :, None] == SEGMENTS[:, None, :]) & np.tril(
+    np.ones((8, 8), bool)
+  )
+  attended = _attend_by_loops(
+    np.asarray(rotary.rotate(heads["query"], tables)),
+    np.asarray(rotary.rotate(heads["key"], tables)),
+    np.asarray(heads["value"]),
+    mask,
+  )
+  out_kernel = np.asarray(params["out_kernel"]).reshape(6, 4, 6)
+  expected = sum(attended[:, :, n] @ out_kernel[n] for n in range(6))
+  np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_axes_are_declared_with_their_direction():
+  _, _, declared, _ = _layer(qkv_bias=True)
+  assert {name: str(leaf) for name, leaf in declared.items()} == {
+    "query_kernel": "reads embed, writes kv_head, writes q_per_kv,"
+    " writes head_dim",
+    "query_bias": "writes kv_head, writes q_per_kv, writes head_dim",
+    "key_kernel": "reads embed, writes kv_head, writes head_dim",
+    "key_bias": "writes kv_head, writes head_dim",
+    "value_kernel": "reads embed, writes kv_head, writes head_dim",
+    "value_bias": "writes kv_head, writes head_dim",
+    "out_kernel": "reads kv_head, reads q_per_kv, reads head_dim, writes embed",
+  }
+
+
+@pytest.mark.parametrize("steps", [(8,), (1,) * 8, (3, 1, 4)])
+def test_cache_gives_what_the_whole_row_gives(steps):
+  config, params, _, x = _layer(qkv_bias=True)
+  whole, _ = _run(config, params, x, segments=SEGMENTS, positions=POSITIONS)
+  cache = KVCache(
+    key=jnp.zeros((2, 10, 2, 4)),
+    value=jnp.zeros((2, 10, 2, 4)),
+    segments=jnp.zeros((2, 10), jnp.int32),
+    length=jnp.zeros((), jnp.int32),
+  )
+  parts = []
+  start = 0
+  for size in steps:
+    window = slice(start, start + size)
+    out, cache = _run(
+      config,
+      params,
+      x[:, window],
+      segments=SEGMENTS[:, window].astype(np.int32),
+      positions=POSITIONS[:, window],
+      cache=cache,
+    )
+    parts.append(out)
+    start += size
+  assert cache is not None
+  assert cache.length == 8
+  # Padding sees other padding, whose slots differ; nobody reads it.
+  valid = SEGMENTS > 0
+  np.testing.assert_allclose(
+    np.concatenate(parts, axis=1)[valid], np.asarray(whole)[valid], atol=1e-5
+  )
+
+
+def test_half_precision_logits_are_float32():
+  query, key = jnp.ones((1, 2, 1, 1, 4)), jnp.ones((1, 2, 1, 4))
+  args = [a.astype(jnp.bfloat16) for a in (query, key, key)]
+  mask = jnp.ones((1, 2, 2), bool)
+  jaxpr = jax.make_jaxpr(functools.partial(attention.attend, mask=mask))(*args)
+  products = [
+    e.outvars[0].aval.dtype
+    for e in jaxpr.jaxpr.eqns
+    if e.primitive.name == "dot_general"
+  ]
+  assert products[0] == jnp.float32
+  assert jaxpr.out_avals[0].dtype == jnp.bfloat16

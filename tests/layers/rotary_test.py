@@ -1,0 +1,73 @@
+"""RoPE against rotations of single pairs, and its relative property."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aquila_jax.layers import rotary
+
+
+def _rotate(x, positions, *, theta=100.0):
+  positions = jnp.asarray(positions, jnp.int32)
+  tables = rotary.rotary_tables(positions, head_dim=x.shape[-1], theta=theta)
+  return np.asarray(rotary.rotate(jnp.asarray(x), tables))
+
+
+@pytest.mark.parametrize("heads", [(2,), (2, 3)])
+def test_every_pair_is_turned_by_its_angle(heads):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, 4, *heads, 6)).astype(np.float32)
+  positions = np.array([[0, 1, 2, 3], [5, 0, 1, 40]])
+  rotated = _rotate(x, positions)
+  for index in np.ndindex(*x.shape[:-1]):
+    position = positions[index[:2]]
+    for i in range(3):
+      angle = float(position) * 100.0 ** (-2 * i / 6)
+      a, b = float(x[index][i]), float(x[index][i + 3])
+      expected = (
+        a * math.cos(angle) - b * math.sin(angle),
+        b * math.cos(angle) + a * math.sin(angle),
+      )
+      # The angle, at most 40, is rounded to float32: 40 * 2^-24 = 2.4e-6.
+      np.testing.assert_allclose(
+        rotated[index][[i, i + 3]], expected, atol=1e-5
+      )
+
+
+def test_products_depend_on_the_distance_only():
+  rng = np.random.default_rng(1)
+  query, key = rng.normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
+
+  def product(query_position, key_position):
+    turned = _rotate(query, [[query_position]])
+    return np.sum(turned * _rotate(key, [[key_position]]))
+
+  near = product(5, 2)
+  assert abs(near - product(25, 22)) < 1e-5
+  assert abs(near - product(6, 2)) > 1e-2
+
+
+def test_norm_is_kept_and_position_zero_is_left_alone():
+  x = np.random.default_rng(2).normal(size=(1, 3, 2, 4)).astype(np.float32)
+  rotated = _rotate(x, [[0, 7, 1000]])
+  np.testing.assert_array_equal(rotated[:, 0], x[:, 0])
+  np.testing.assert_allclose(
+    np.linalg.norm(rotated, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-6
+  )
+
+
+def test_half_precision_is_rotated_in_float32():
+  x = np.random.default_rng(3).normal(size=(1, 2, 1, 4))
+  half = jnp.asarray(x, jnp.bfloat16)
+  positions = jnp.asarray([[3, 1000]], jnp.int32)
+  tables = rotary.rotary_tables(positions, head_dim=4, theta=1e4)
+  out = rotary.rotate(half, tables)
+  wide = rotary.rotate(half.astype(jnp.float32), tables)
+  assert out.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(
+    np.asarray(out), np.asarray(wide.astype(jnp.bfloat16))
+  )
