@@ -1,0 +1,256 @@
+"""Checkpoints of a stage: state, position in the data and config together.
+
+  checkpoints/
+    STEP/
+      state/     step, params, moments, ema: Orbax, one zarr3 directory a leaf
+      progress/  position in the data, training seconds, sums of the open row
+      config/    the resolved config of the stage
+      metrics/   the validation loss, where there was a validation
+
+A step is written beside its place by a background thread and renamed into it,
+so a killed run leaves whole steps and at most one temporary directory, which
+the next start removes.
+"""
+
+from __future__ import annotations
+
+import logging as python_logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
+from orbax.checkpoint import handlers
+
+from aquila_jax.core import config as config_lib
+from aquila_jax.core import errors
+from aquila_jax.core.experiment_config import CheckpointConfig
+from aquila_jax.core.moments import AdamMoments, get_moments, set_moments
+from aquila_jax.core.types import TrainState
+
+_TEMPORARY = ".orbax-checkpoint-tmp"
+# Of a TrainConfig: what may change between two starts of a run, since it does
+# not change a single bit of the parameters.
+_HARMLESS = ("log_every", "checkpoint", "evaluate_every", "evaluate_tokens")
+
+JsonDict = dict[str, Any]
+
+
+class Checkpoints:
+  """The checkpoints of one stage, newest and best. A context manager.
+
+  Args:
+    directory: made if missing; what a killed run left half-written is removed.
+    config: how many to keep.
+  """
+
+  def __init__(self, directory: epath.Path, *, config: CheckpointConfig):
+    self.directory = directory
+    directory.mkdir(parents=True, exist_ok=True)
+    for child in directory.iterdir():
+      if _TEMPORARY in child.name:
+        logging.info("removing %s, left by a run that was killed", child)
+        child.rmtree()
+    self._manager = ocp.CheckpointManager(
+      os.fspath(directory),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=_preservation(config),
+        best_fn=_validation_loss,
+        best_mode="min",
+      ),
+      handler_registry=_registry(),
+    )
+    # Beside the manager's own, which it can read only when a save is done.
+    stored = {s: self._manager.metrics(s) for s in self._manager.all_steps()}
+    self._losses = {s: _validation_loss(m) for s, m in stored.items() if m}
+
+  @property
+  def latest_step(self) -> int | None:
+    """The newest step that was saved or is being saved."""
+    return self._manager.latest_step()
+
+  @property
+  def losses(self) -> dict[int, float]:
+    """The validation loss of every step that is kept and has one."""
+    kept = self._manager.all_steps()
+    return {s: loss for s, loss in self._losses.items() if s in kept}
+
+  def save(
+    self,
+    step: int,
+    *,
+    state: TrainState,
+    progress: JsonDict,
+    config: JsonDict,
+    validation: Mapping[str, float] | None = None,
+  ) -> None:
+    """Starts to save; the state may be donated as soon as this returns.
+
+    Args:
+      step: of the stage; it must not have been saved.
+      state: finite.
+      progress: all else that training needs to go on; plain JSON.
+      config: of `saved_config`.
+      validation: with the key `loss`, if the step was validated.
+    """
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.PyTreeSave(_to_tree(state)),
+        progress=ocp.args.JsonSave(progress),
+        config=ocp.args.JsonSave(config),
+      ),
+      metrics=None if validation is None else dict(validation),
+      force=True,
+    )
+    if validation is not None:
+      self._losses[step] = validation["loss"]
+
+  def restore(
+    self, state: TrainState, *, config: JsonDict, path: str = "config"
+  ) -> tuple[TrainState, JsonDict]:
+    """Reads the newest checkpoint.
+
+    Args:
+      state: of `abstract_state`; where every leaf goes.
+      config: of `saved_config`, of the present run.
+      path: the dotted name of the stage's config, for messages.
+
+    Returns:
+      The state and what was saved as `progress`.
+
+    Raises:
+      errors.UserError: where the present config differs from the saved one in
+        a field that changes the training; it lists all of them.
+    """
+    step = self.latest_step
+    assert step is not None, "there is no checkpoint"
+    small = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        config=ocp.args.JsonRestore(), progress=ocp.args.JsonRestore()
+      ),
+    )
+    changed = config_lib.differences(
+      _compared(small["config"]), _compared(config), path
+    )
+    if changed:
+      raise errors.UserError(
+        f"{self.directory / str(step)} was made with another config; use"
+        f" another workdir, or change back: {'; '.join(changed)}"
+      )
+    like = _to_tree(state)
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.PyTreeRestore(
+          item=like,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+        )
+      ),
+    )
+    return _from_tree(restored["state"], like=state), small["progress"]
+
+  def wait(self) -> None:
+    """Returns when everything saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def __enter__(self) -> Checkpoints:
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    # A second Ctrl-C stops at once; the next start removes what is half done.
+    if kind is None or not issubclass(kind, KeyboardInterrupt):
+      self._manager.close()
+
+
+def saved_config(
+  *, model: Any, train: Any, others: Mapping[str, Any]
+) -> JsonDict:
+  """What a checkpoint keeps of the config and compares on resumption.
+
+  Args:
+    model: the ModelConfig.
+    train: the TrainConfig.
+    others: whatever else must not change: seed, digest of the data, steps.
+
+  Returns:
+    Plain JSON.
+  """
+  return config_lib.to_dict({"model": model, "train": train, **others})
+
+
+def quiet_orbax() -> None:
+  """Keeps Orbax's own log, dozens of lines a save, out of ours.
+
+  It logs through absl's one logger; only its errors pass.
+  """
+  python_logging.getLogger("absl").addFilter(_not_orbax)
+
+
+def _not_orbax(record: python_logging.LogRecord) -> bool:
+  return (
+    record.levelno >= python_logging.ERROR
+    or f"{os.sep}orbax{os.sep}" not in record.pathname
+  )
+
+
+def _preservation(config: CheckpointConfig) -> policies.AnyPreservationPolicy:
+  keep: list[Any] = [policies.LatestN(n=config.keep_last)]
+  if config.keep_best:
+    best = policies.BestN(
+      get_metric_fn=_validation_loss,
+      n=config.keep_best,
+      reverse=True,  # the last of the sorted are kept: the lowest losses
+      keep_checkpoints_without_metrics=False,
+    )
+    keep.append(best)
+  return policies.AnyPreservationPolicy(keep)
+
+
+def _validation_loss(metrics: Any) -> float:
+  return metrics["loss"]
+
+
+def _registry() -> handlers.DefaultCheckpointHandlerRegistry:
+  registry = handlers.DefaultCheckpointHandlerRegistry()
+  arrays = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
+  registry.add("state", ocp.args.PyTreeSave, arrays)
+  registry.add("state", ocp.args.PyTreeRestore, arrays)
+  for name in ("progress", "config"):
+    handler = ocp.JsonCheckpointHandler()
+    registry.add(name, ocp.args.JsonSave, handler)
+    registry.add(name, ocp.args.JsonRestore, handler)
+  return registry
+
+
+def _to_tree(state: TrainState) -> dict[str, Any]:
+  """Plain nested dicts: independent of how the optimizer is composed."""
+  moments = get_moments(state.opt_state)
+  tree = {
+    "step": state.step,
+    "params": state.params,
+    "moments": {"count": moments.count, "mu": moments.mu, "nu": moments.nu},
+  }
+  if state.ema is not None:
+    tree["ema"] = state.ema
+  assert len(jax.tree.leaves(tree)) == len(jax.tree.leaves(state))
+  return tree
+
+
+def _from_tree(tree: Mapping[str, Any], *, like: TrainState) -> TrainState:
+  return TrainState(
+    step=tree["step"],
+    params=tree["params"],
+    opt_state=set_moments(like.opt_state, AdamMoments(**tree["moments"])),
+    ema=tree.get("ema"),
+  )
+
+
+def _compared(saved: JsonDict) -> JsonDict:
+  train = {k: v for k, v in saved["train"].items() if k not in _HARMLESS}
+  return {**saved, "train": train}

@@ -1,0 +1,379 @@
+"""Training of one stage: the visible loop.
+
+Where the weights come from is one ordered decision (`_start`): this run's
+newest checkpoint, or else what the job's `initial` gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh
+
+from aquila_jax.core import errors
+from aquila_jax.core.experiment_config import TrainConfig
+from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.core.types import Batch, Params, TrainState
+from aquila_jax.data.loader import DataState
+from aquila_jax.models import decoder_lm
+from aquila_jax.training import inputs
+from aquila_jax.training import state as state_lib
+from aquila_jax.training import step as step_lib
+from aquila_jax.training.checkpointing import Checkpoints, saved_config
+from aquila_jax.training.compilation import compile_step
+from aquila_jax.training.freezing import NewIndices, trainable_masks
+from aquila_jax.training.interruption import Interrupted, StopSignals
+from aquila_jax.training.metrics import MetricsWriter, Row, read_rows
+from aquila_jax.training.optimizers import learning_rate, make_optimizer
+from aquila_jax.training.profiling import Profiler
+from aquila_jax.training.progress import Reporter
+from aquila_jax.training.recorder import Recorder, Window
+from aquila_jax.training.state import InitialModel
+from aquila_jax.training.throughput import peak_flops
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainJob:
+  """All that the training of one stage needs."""
+
+  stage: str
+  model: ModelConfig
+  train: TrainConfig
+  # Optimizer steps: train.steps, or what train.match_flops comes to.
+  total_steps: int
+  mesh: Mesh
+  workdir: epath.Path
+  input: inputs.TrainInput
+  # Where the data starts, and the weights; unused when the run is resumed.
+  data_state: DataState
+  initial: Callable[[], InitialModel]
+  flops_per_token: float  # forward and backward
+  # What the last growth of the model added, for freeze.new_only.
+  new_indices: NewIndices | None = None
+  # What else must be the same when the run is resumed: seeds, digest of the
+  # data. Plain JSON.
+  identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  # (parameters, step) -> numbers, with "loss" among them.
+  evaluate: Callable[[Params, int], Mapping[str, float]] | None = None
+  profile_steps: tuple[int, int] | None = None
+  config_path: str = "config"  # dotted name of the stage's config
+
+  @property
+  def saved_config(self) -> dict[str, Any]:
+    others = {"total_steps": self.total_steps, **self.identity}
+    return saved_config(model=self.model, train=self.train, others=others)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainResult:
+  """What a finished stage leaves."""
+
+  state: TrainState
+  data_state: DataState
+  steps: int
+  tokens: int
+  flops: float
+  wall_s: float  # training, without compilation and validation
+  last_row: Row | None  # of metrics.jsonl
+  validation_losses: dict[int, float]  # of the checkpoints that stand
+
+
+def train(job: TrainJob) -> TrainResult:
+  """Trains a stage to its last step, from wherever its workdir stands.
+
+  Args:
+    job: see its fields. Under `workdir` it writes checkpoints/, metrics.jsonl,
+      validation.jsonl, tensorboard/ and, if asked, profile/.
+
+  Returns:
+    The final state. It is bit for bit the same however often the run was
+    stopped and started again.
+
+  Raises:
+    errors.UserError: on a config that does not fit the model, the devices or
+      the checkpoint that is there.
+    errors.TrainingStopped: on a loss, gradient or parameter that is not finite.
+    Interrupted: after SIGTERM or SIGINT, when the step is saved.
+  """
+  program = _build(job)
+  workdir, config = job.workdir, job.train
+  with (
+    StopSignals() as signals,
+    Profiler(
+      workdir / "profile",
+      steps=job.profile_steps,
+      total_steps=job.total_steps,
+    ) as profiler,
+    Checkpoints(workdir / "checkpoints", config=config.checkpoint) as saved,
+  ):
+    run = _start(job, program, saved=saved)
+    with (
+      MetricsWriter(workdir, last_step=run.step) as writer,
+      Reporter(
+        job.stage, total_steps=job.total_steps, step=run.step
+      ) as reporter,
+    ):
+      batches = job.input.batches(run.data_state)
+      # The order of an iteration is: evaluate, save, next batch, step, log.
+      # A checkpoint of step s so holds what step s logged and its validation,
+      # and the position in the data from which step s + 1 reads.
+      while True:
+        validation = None
+        if _validation_is_due(job, run, stop=signals):
+          validation = _validate(job, run, saved=saved)
+          writer.validation(validation)
+          reporter.show_validation(run.step, loss=validation["loss"])
+
+        if _save_is_due(job, run, saved, validation=validation, stop=signals):
+          _save(job, run, saved=saved, validation=validation)
+        if signals.received is not None:
+          raise Interrupted(run.step, signal_number=signals.received)
+        if run.step == job.total_steps:
+          break
+
+        started = time.perf_counter()
+        batch, data_state = next(batches)
+        run.recorder.waited(time.perf_counter() - started)
+        batch = inputs.place(batch, like=program.batch)
+
+        profiler.before(run.step)
+        # Nothing may cross between host and devices within a step.
+        with jax.transfer_guard("disallow"):
+          run.state, metrics = program.step(run.state, batch)
+        run.step, run.data_state = run.step + 1, data_state
+        run.recorder.add(run.step, metrics)
+        profiler.after(run.step, result=run.state)
+
+        reporter.advance(run.step)
+        if run.step % config.log_every == 0 or run.step == job.total_steps:
+          _stop_unless_finite(job, run, saved=saved)
+          epochs = job.input.epochs(run.data_state)
+          row = run.recorder.row(run.step, epochs=epochs)
+          writer.train(row)
+          reporter.show(row)
+    saved.wait()
+    return _result(job, run, saved=saved)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Program:
+  """The compiled step, and what it takes."""
+
+  step: Callable[[TrainState, Batch], tuple[TrainState, step_lib.StepMetrics]]
+  optimizer: Any
+  state: TrainState  # of ShapeDtypeStruct with shardings
+  batch: Batch  # of ShapeDtypeStruct with shardings
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Run:
+  """Where the loop stands."""
+
+  step: int  # the same number as state.step, on the host
+  state: TrainState
+  data_state: DataState
+  recorder: Recorder
+  validated_step: int  # the last one
+  saved_at: float  # time.monotonic() of the last save
+
+
+def _build(job: TrainJob) -> _Program:
+  """Checks the config against model and devices, and compiles the step."""
+  config, path = job.train, f"{job.config_path}.train"
+  axes = decoder_lm.parameter_axes(job.model)
+  shapes = decoder_lm.abstract_params(job.model)
+  batch = step_lib.abstract_batch(config, mesh=job.mesh)
+  inputs.check_batch_divides(config, like=batch, path=path)
+  masks = trainable_masks(
+    config.freeze,
+    axes=axes,
+    shapes=shapes,
+    new_indices=job.new_indices,
+    path=f"{path}.freeze",
+  )
+  optimizer = make_optimizer(config.optimizer, axes)
+  state = state_lib.abstract_state(
+    shapes,
+    optimizer=optimizer,
+    axes=axes,
+    mesh=job.mesh,
+    keep_ema=config.optimizer.ema_decay is not None,
+  )
+  train_step = step_lib.make_train_step(
+    config,
+    model=job.model,
+    optimizer=optimizer,
+    schedule=learning_rate(
+      config.optimizer, job.total_steps, path=f"{path}.optimizer"
+    ),
+    masks=masks,
+    num_languages=len(job.input.languages),
+  )
+  jitted = step_lib.jit_train_step(
+    train_step, state=state, batch=batch, mesh=job.mesh
+  )
+  return _Program(
+    step=compile_step(jitted, state, batch),
+    optimizer=optimizer,
+    state=state,
+    batch=batch,
+  )
+
+
+def _start(job: TrainJob, program: _Program, *, saved: Checkpoints) -> _Run:
+  """Where the weights come from: this run's checkpoint, or the job."""
+  step = saved.latest_step
+  if step is not None:
+    state, progress = saved.restore(
+      program.state, config=job.saved_config, path=job.config_path
+    )
+    logging.info("%s: going on from step %d", job.stage, step)
+  else:
+    step = 0
+    state = state_lib.place_initial(
+      job.initial(), optimizer=program.optimizer, like=program.state
+    )
+    progress = {
+      "data_state": job.data_state.to_json(),
+      "wall_s": 0.0,
+      "window": {},
+      "validated_step": -1,
+    }
+  recorder = Recorder(
+    languages=job.input.languages,
+    tokens_per_step=job.train.tokens_per_step,
+    flops_per_token=job.flops_per_token,
+    peak_flops=peak_flops(job.mesh.devices.flatten().tolist()),
+    step=step,
+    wall_s=progress["wall_s"],
+    window=Window(**progress["window"]),
+  )
+  return _Run(
+    step=step,
+    state=state,
+    data_state=DataState.from_json(progress["data_state"]),
+    recorder=recorder,
+    validated_step=progress["validated_step"],
+    saved_at=time.monotonic(),
+  )
+
+
+def _validation_is_due(job: TrainJob, run: _Run, *, stop: StopSignals) -> bool:
+  every = job.train.evaluate_every
+  return (
+    job.evaluate is not None
+    and stop.received is None  # the next start makes up for it
+    and every > 0
+    and run.step > 0
+    and (run.step % every == 0 or run.step == job.total_steps)
+    and run.step != run.validated_step
+  )
+
+
+def _validate(job: TrainJob, run: _Run, *, saved: Checkpoints) -> Row:
+  _stop_unless_finite(job, run, saved=saved)  # waits for the queued steps
+  assert job.evaluate is not None
+  started = time.perf_counter()
+  numbers = dict(job.evaluate(run.state.params, run.step))
+  run.recorder.clock.exclude(time.perf_counter() - started)
+  run.validated_step = run.step
+  if not math.isfinite(numbers["loss"]):
+    raise errors.TrainingStopped(
+      f"{job.stage}: the validation loss is not finite at step {run.step};"
+      f" {_last_good(saved)}"
+    )
+  return {"step": run.step, **numbers}
+
+
+def _save_is_due(
+  job: TrainJob,
+  run: _Run,
+  saved: Checkpoints,
+  *,
+  validation: Row | None,
+  stop: StopSignals,
+) -> bool:
+  if run.step == saved.latest_step:
+    return False
+  if stop.received is not None or run.step == job.total_steps:
+    return True
+  if run.step == 0:
+    return False
+  rules = job.train.checkpoint
+  if run.step % rules.every_steps == 0:
+    return True
+  if validation is not None and rules.keep_best:
+    # One of the best so far: only what is saved can be kept.
+    better = [x for x in saved.losses.values() if x <= validation["loss"]]
+    if len(better) < rules.keep_best:
+      return True
+  elapsed = time.monotonic() - run.saved_at
+  return 0 < rules.every_seconds <= elapsed
+
+
+def _save(
+  job: TrainJob, run: _Run, *, saved: Checkpoints, validation: Row | None
+) -> None:
+  _stop_unless_finite(job, run, saved=saved)
+  run.saved_at = time.monotonic()
+  saved.save(
+    run.step,
+    state=run.state,
+    progress={
+      "data_state": run.data_state.to_json(),
+      "wall_s": run.recorder.clock.seconds,
+      "window": dataclasses.asdict(run.recorder.window),
+      "validated_step": run.validated_step,
+    },
+    config=job.saved_config,
+    validation=None if validation is None else {"loss": validation["loss"]},
+  )
+
+
+def _stop_unless_finite(
+  job: TrainJob, run: _Run, *, saved: Checkpoints
+) -> None:
+  """Fetches the metrics of all steps so far."""
+  bad_steps = run.recorder.fetch()
+  if bad_steps:
+    raise errors.TrainingStopped(
+      f"{job.stage}: loss, gradients or parameters are not finite at"
+      f" {_named(bad_steps)}; {_last_good(saved)}"
+    )
+
+
+def _named(steps: tuple[int, ...]) -> str:
+  shown = ", ".join(map(str, steps[:8]))
+  more = f" and {len(steps) - 8} more" if len(steps) > 8 else ""
+  return f"step{'s' * (len(steps) > 1)} {shown}{more}"
+
+
+def _last_good(saved: Checkpoints) -> str:
+  if saved.latest_step is None:
+    return "nothing was saved before"
+  return (
+    f"the last good checkpoint is of step {saved.latest_step}, in"
+    f" {saved.directory}"
+  )
+
+
+def _result(job: TrainJob, run: _Run, *, saved: Checkpoints) -> TrainResult:
+  rows = read_rows(job.workdir / "metrics.jsonl")
+  tokens = run.step * job.train.tokens_per_step
+  return TrainResult(
+    state=run.state,
+    data_state=run.data_state,
+    steps=run.step,
+    tokens=tokens,
+    flops=tokens * job.flops_per_token,
+    wall_s=run.recorder.clock.seconds,
+    last_row=rows[-1] if rows else None,
+    validation_losses=saved.losses,
+  )

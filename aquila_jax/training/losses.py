@@ -1,0 +1,135 @@
+"""What is minimised: cross-entropy and the terms of LossConfig.
+
+All parts of `LossTerms` are sums that are already divided by the totals of the
+*whole* batch, so those of microbatches add up to those of the batch.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from aquila_jax.core import dtypes
+from aquila_jax.core.experiment_config import LossConfig
+from aquila_jax.core.types import Batch, Leaf, RoutingStats
+
+
+class BatchTotals(struct.PyTreeNode):
+  """What the sums of a batch are divided by."""
+
+  weight: Leaf  # float []; sum of the target weights, at least tiny
+  tokens: Leaf  # float []; tokens that are not padding, at least 1
+
+
+class LossTerms(struct.PyTreeNode):
+  """The loss of a batch, or a microbatch's share of it. Additive."""
+
+  total: Leaf  # float []; what is differentiated
+  cross_entropy: Leaf  # float []; nats a token
+  lm_z: Leaf  # float []; mean logsumexp(LM logits)^2
+  lm_max_z: Leaf  # float []; mean max(LM logits)^2
+  weight: Leaf  # float []; sum of the target weights
+  language_nats: Leaf  # float [languages]; weighted sum, not a mean
+  language_weight: Leaf  # float [languages]
+  routing: RoutingStats | None  # stacked over layers; None when dense
+
+
+def batch_totals(batch: Batch) -> BatchTotals:
+  """The totals of a whole batch, before it is cut into microbatches."""
+  return BatchTotals(
+    # A batch without any target has loss 0, not 0 / 0.
+    weight=jnp.maximum(jnp.sum(batch.weights), 1e-6),
+    tokens=jnp.maximum(_num_tokens(batch), 1.0),
+  )
+
+
+def _num_tokens(batch: Batch) -> Float[Array, ""]:
+  return jnp.sum((batch.segments > 0).astype(jnp.float32))
+
+
+def loss_terms(
+  logits: Float[Array, "B T V"],
+  routing: RoutingStats | None,
+  *,
+  batch: Batch,
+  totals: BatchTotals,
+  config: LossConfig,
+  num_languages: int,
+) -> LossTerms:
+  """The terms of one microbatch.
+
+  With token weights w, W their sum over the whole batch, z = logsumexp(logits):
+
+    cross_entropy = sum w (z - logits[target]) / W
+    lm_z = sum w z^2 / W          (PaLM, arXiv 2204.02311, section 5)
+    lm_max_z = sum w max(logits)^2 / W  (Baichuan 2, arXiv 2309.10305)
+    total = cross_entropy + mean over layers of (balance * balance_loss +
+      router_z * z_loss) + lm_z and lm_max_z times their weights
+
+  The routing of a microbatch counts by its share of the batch's tokens. For the
+  z-loss, the load and what is dropped that is exact; the balance loss is a
+  product of two means and becomes the mean of the microbatches' own.
+
+  Args:
+    logits: of the microbatch, at least float32.
+    routing: stacked over layers; None when dense.
+    batch: the microbatch.
+    totals: of the whole batch.
+    config: the weights of the terms.
+    num_languages: I, above every language index of the batch.
+
+  Returns:
+    The microbatch's share of every term.
+  """
+  # At least float32: sums over many tokens.
+  logits = logits.astype(dtypes.at_least_float32(logits.dtype))
+  weights = batch.weights.astype(logits.dtype)
+  z = jax.nn.logsumexp(logits, axis=-1)
+  nats = weights * (z - _at_target(logits, batch.targets))
+  cross_entropy = jnp.sum(nats) / totals.weight
+  lm_z = jnp.sum(weights * jnp.square(z)) / totals.weight
+  largest = jnp.max(logits, axis=-1)
+  lm_max_z = jnp.sum(weights * jnp.square(largest)) / totals.weight
+
+  total = cross_entropy
+  if config.lm_z:
+    total += config.lm_z * lm_z
+  if config.lm_max_z:
+    total += config.lm_max_z * lm_max_z
+  if routing is not None:
+    share = (_num_tokens(batch) / totals.tokens).astype(logits.dtype)
+    routing = RoutingStats(
+      balance_loss=share * routing.balance_loss,
+      z_loss=share * routing.z_loss,
+      load=share * routing.load,
+      dropped=share * routing.dropped,
+    )
+    total += config.balance * jnp.mean(routing.balance_loss)
+    total += config.router_z * jnp.mean(routing.z_loss)
+
+  def by_language(values: Float[Array, "B T"]) -> Float[Array, "I"]:
+    return jax.ops.segment_sum(
+      values.reshape(-1), batch.languages.reshape(-1), num_languages
+    )
+
+  return LossTerms(
+    total=total,
+    cross_entropy=cross_entropy,
+    lm_z=lm_z,
+    lm_max_z=lm_max_z,
+    weight=jnp.sum(weights),
+    language_nats=by_language(nats),
+    language_weight=by_language(weights),
+    routing=routing,
+  )
+
+
+def _at_target(logits, targets) -> Float[Array, "B T"]:
+  """The logit of the target."""
+  # As a masked sum: its gradient is no scatter into [B T V], and it needs no
+  # gather across a sharded vocabulary.
+  ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+  chosen = ids == targets.astype(jnp.int32)[..., None]
+  return jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)

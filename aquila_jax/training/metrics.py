@@ -1,0 +1,143 @@
+"""Rows of metrics: one strict JSON object a line, and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from tensorboardX import SummaryWriter
+
+from aquila_jax.core import errors
+
+Row = dict[str, Any]
+
+
+class JsonlWriter:
+  """Appends rows to a .jsonl file; every row is on disk when `write` returns.
+
+  Args:
+    path: the file; made if missing.
+    last_step: rows of later steps, and a last line torn by a kill, are cut from
+      a file that is there.
+  """
+
+  def __init__(self, path: epath.Path, *, last_step: int):
+    _cut(path, last_step=last_step)
+    self._file = path.open("a")
+
+  def write(self, row: Row) -> None:
+    self._file.write(json.dumps(_strict(row), allow_nan=False) + "\n")
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
+
+
+class MetricsWriter:
+  """The metrics of a workdir: `metrics.jsonl`, `validation.jsonl`, TensorBoard.
+
+  A context manager.
+
+  Args:
+    workdir: of the stage.
+    last_step: the step from which training goes on; later rows are cut.
+  """
+
+  def __init__(self, workdir: epath.Path, *, last_step: int):
+    workdir.mkdir(parents=True, exist_ok=True)
+    self._train = JsonlWriter(workdir / "metrics.jsonl", last_step=last_step)
+    self._validation = JsonlWriter(
+      workdir / "validation.jsonl", last_step=last_step
+    )
+    # TensorBoard drops events from `purge_step` on that an earlier file has.
+    self._events = SummaryWriter(
+      os.fspath(workdir / "tensorboard"),
+      purge_step=last_step + 1 if last_step else None,
+      # Otherwise two starts in one second share a file.
+      filename_suffix=f".{last_step}",
+    )
+
+  def train(self, row: Row) -> None:
+    """Writes the row of a logging step."""
+    self._train.write(row)
+    self._scalars(row)
+
+  def validation(self, row: Row) -> None:
+    """Writes the row of a validation."""
+    self._validation.write(row)
+    self._scalars(row, prefix="validation/")
+
+  def _scalars(self, row: Row, *, prefix: str = "") -> None:
+    for name, value in scalars(row):
+      if name != "step":
+        self._events.add_scalar(prefix + name, value, row["step"])
+    self._events.flush()
+
+  def __enter__(self) -> MetricsWriter:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._train.close()
+    self._validation.close()
+    self._events.close()
+
+
+def read_rows(path: epath.Path) -> list[Row]:
+  """The rows of a .jsonl file; a last line that is torn is left out.
+
+  Raises:
+    errors.UserError: on a line that is no JSON object, other than the last.
+  """
+  rows = []
+  lines = path.read_text().splitlines()
+  for number, line in enumerate(lines, start=1):
+    try:
+      row = json.loads(line)
+    except ValueError as error:
+      if number == len(lines):
+        break
+      raise errors.UserError(
+        f"{path}:{number}: this line is not JSON; remove it to go on"
+      ) from error
+    rows.append(row)
+  return rows
+
+
+def scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
+  """The finite numbers of a row, nested ones as `name/0/1` and `name/key`."""
+  found = []
+  for name, value in row.items():
+    if isinstance(value, list | tuple):
+      value = {str(i): item for i, item in enumerate(value)}
+    if isinstance(value, Mapping):
+      found += [(f"{name}/{key}", number) for key, number in scalars(value)]
+    elif isinstance(value, int | float) and math.isfinite(value):
+      found.append((name, float(value)))
+  return found
+
+
+def _cut(path: epath.Path, *, last_step: int) -> None:
+  if not path.exists():
+    return
+  kept = [row for row in read_rows(path) if row["step"] <= last_step]
+  partial = path.parent / f".{path.name}.partial"
+  partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+  partial.replace(path)
+
+
+def _strict(value: Any) -> Any:
+  """Plain Python values; numbers that JSON has no token for become null."""
+  if isinstance(value, Mapping):
+    return {key: _strict(item) for key, item in value.items()}
+  if isinstance(value, list | tuple | np.ndarray):
+    return [_strict(item) for item in value]
+  if isinstance(value, np.integer):
+    return int(value)
+  if isinstance(value, float | np.floating):
+    return float(value) if math.isfinite(value) else None
+  return value

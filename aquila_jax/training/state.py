@@ -1,0 +1,154 @@
+"""The training state: made, described without memory, and placed on a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from aquila_jax.core import dtypes
+from aquila_jax.core.moments import AdamMoments, get_moments, set_moments
+from aquila_jax.core.types import Params, TrainState
+from aquila_jax.sharding.rules import param_shardings
+
+
+def widen(tree: Params) -> Params:
+  """Every leaf in at least float32: what optimizer and EMA compute in."""
+  return jax.tree.map(
+    lambda leaf: leaf.astype(dtypes.at_least_float32(leaf.dtype)), tree
+  )
+
+
+def create_state(
+  params: Params,
+  *,
+  optimizer: optax.GradientTransformation,
+  keep_ema: bool = False,
+  moments: AdamMoments | None = None,
+  ema: Params | None = None,
+) -> TrainState:
+  """The state at step 0 of a stage.
+
+  Args:
+    params: initialised, loaded or grown.
+    optimizer: of `make_optimizer`.
+    keep_ema: whether the stage averages its parameters; starts at `ema`, or at
+      the parameters where there is none.
+    moments: Adam's moments to go on from; None starts them at zero.
+    ema: the average to go on from.
+
+  Returns:
+    A TrainState. Its moments are at least float32 whatever the parameters are.
+  """
+  opt_state = optimizer.init(widen(params))
+  if moments is not None:
+    opt_state = set_moments(opt_state, moments)
+  if not keep_ema:
+    ema = None
+  elif ema is None:
+    # Copied, because a donated buffer must stand in one place only.
+    ema = jax.tree.map(jnp.copy, widen(params))
+  return TrainState(
+    step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, ema=ema
+  )
+
+
+def abstract_state(
+  params: Params,
+  *,
+  optimizer: optax.GradientTransformation,
+  axes: Any,
+  mesh: Mesh,
+  keep_ema: bool = False,
+) -> TrainState:
+  """Shapes, dtypes and shardings of the state, without allocating any.
+
+  Args:
+    params: the parameters' shapes.
+    optimizer: of `make_optimizer`.
+    axes: the `LeafAxes` of every parameter.
+    mesh: of the devices.
+    keep_ema: whether the stage averages its parameters.
+
+  Returns:
+    A TrainState of ShapeDtypeStruct. Moments and EMA lie where their parameters
+    lie; counters are replicated.
+  """
+  shapes = jax.eval_shape(
+    lambda p: create_state(p, optimizer=optimizer, keep_ema=keep_ema), params
+  )
+  shardings = state_shardings(shapes, axes=axes, mesh=mesh)
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    ),
+    shapes,
+    shardings,
+  )
+
+
+def state_shardings(state: TrainState, *, axes: Any, mesh: Mesh) -> TrainState:
+  """A TrainState of NamedSharding, from the axes of the parameters."""
+  everywhere: Any = NamedSharding(mesh, PartitionSpec())
+  by_param = param_shardings(axes, state.params, mesh)
+  opt_state = jax.tree.map(lambda _: everywhere, state.opt_state)
+  get_moments(opt_state)  # there is exactly one set of them
+  return TrainState(
+    step=everywhere,
+    params=by_param,
+    opt_state=set_moments(
+      opt_state, AdamMoments(count=everywhere, mu=by_param, nu=by_param)
+    ),
+    ema=None if state.ema is None else by_param,
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitialModel:
+  """Where a stage starts: initialised, loaded or grown."""
+
+  params: Params
+  moments: AdamMoments | None = None  # None: Adam starts afresh
+  ema: Params | None = None  # None: the average starts at the parameters
+
+
+def place_initial(
+  initial: InitialModel,
+  *,
+  optimizer: optax.GradientTransformation,
+  like: TrainState,
+) -> TrainState:
+  """The state at step 0, laid out on the mesh.
+
+  The arrays of `initial` are copied, so the donated step leaves them alone, and
+  fresh moments are made where they belong, never whole on one device.
+
+  Args:
+    initial: its leaves may lie anywhere.
+    optimizer: of `make_optimizer`.
+    like: of `abstract_state`.
+
+  Returns:
+    The state.
+  """
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+  keep_ema = like.ema is not None
+  by_param = shardings.params
+  params, ema = jax.device_put(
+    (initial.params, initial.ema),
+    (by_param, None if initial.ema is None else by_param),
+  )
+  moments = initial.moments
+  if moments is not None:
+    moments = jax.device_put(moments, get_moments(shardings.opt_state))
+
+  def create(params, moments, ema):
+    return create_state(
+      params, optimizer=optimizer, keep_ema=keep_ema, moments=moments, ema=ema
+    )
+
+  return jax.jit(create, out_shardings=shardings)(params, moments, ema)

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl import logging as absl_logging
+from etils import epath
+
+from aquila_jax.core import errors
+from aquila_jax.core.experiment_config import CheckpointConfig, MeshConfig
+from aquila_jax.core.types import TrainState
+from aquila_jax.sharding.mesh import make_mesh
+from aquila_jax.training.checkpointing import (
+  Checkpoints,
+  quiet_orbax,
+  saved_config,
+)
+
+_ADAM = optax.chain(optax.clip(1.0), optax.scale_by_adam())
+
+
+def _state(value, *, ema=False):
+  params = {"a": {"w": jnp.full((8, 4), value)}, "b": jnp.full((3,), -value)}
+  average = jax.tree.map(lambda x: x + 1, params) if ema else None
+  state = TrainState(
+    step=jnp.int32(value),
+    params=params,
+    opt_state=_ADAM.init(params),
+    ema=average,
+  )
+  return state
+
+
+def _abstract(state, sharding=None):
+  sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+  )
+
+
+@pytest.fixture
+def config(tiny):
+  return saved_config(
+    model=tiny.model(), train=tiny.config(), others={"seed": 1}
+  )
+
+
+@pytest.fixture
+def directory(tmp_path):
+  return epath.Path(tmp_path) / "checkpoints"
+
+
+def _save(saved, step, config, loss=None, **fields):
+  saved.save(
+    step,
+    state=_state(float(step), **fields),
+    progress={"data": {"rows": step}, "wall_s": 0.1 + step},
+    config=config,
+    validation=None if loss is None else {"loss": loss},
+  )
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_everything_comes_back(directory, config, ema):
+  with Checkpoints(directory, config=CheckpointConfig()) as saved:
+    assert saved.latest_step is None
+    _save(saved, 3, config, ema=ema)
+  state = _state(3.0, ema=ema)
+  with Checkpoints(directory, config=CheckpointConfig()) as saved:
+    assert saved.latest_step == 3
+    restored, progress = saved.restore(_abstract(state), config=config)
+  assert jax.tree.structure(restored) == jax.tree.structure(state)
+  jax.tree.map(np.testing.assert_array_equal, restored, state)
+  assert progress == {"data": {"rows": 3}, "wall_s": 3.1}
+
+
+def test_leaves_are_zarr3_directories(directory, config):
+  with Checkpoints(directory, config=CheckpointConfig()) as saved:
+    _save(saved, 1, config)
+  leaves = {p.parent.name for p in directory.glob("1/state/*/zarr.json")}
+  assert leaves == {
+    "step",
+    "params.a.w",
+    "params.b",
+    "moments.count",
+    "moments.mu.a.w",
+    "moments.mu.b",
+    "moments.nu.a.w",
+    "moments.nu.b",
+  }
+
+
+def test_it_restores_into_other_shardings(directory, config):
+  with Checkpoints(directory, config=CheckpointConfig()) as saved:
+    _save(saved, 2, config)
+    mesh = make_mesh(MeshConfig())
+    split = jax.sharding.NamedSharding(mesh, jax.P("data"))
+    like = _abstract(_state(2.0), jax.sharding.NamedSharding(mesh, jax.P()))
+    like.params["a"]["w"] = like.params["a"]["w"].update(sharding=split)
+    restored, _ = saved.restore(like, config=config)
+  assert restored.params["a"]["w"].sharding == split
+  np.testing.assert_array_equal(restored.params["a"]["w"], np.full((8, 4), 2))
+
+
+def test_the_state_may_be_donated_while_it_is_saved(directory, config):
+  double = jax.jit(lambda s: jax.tree.map(lambda x: 2 * x, s), donate_argnums=0)
+  state = _state(1.0)
+  state = state.replace(params={"w": jnp.ones((512, 1024))})
+  state = state.replace(opt_state=_ADAM.init(state.params))
+  like = _abstract(state)
+  with Checkpoints(directory, config=CheckpointConfig(keep_last=9)) as saved:
+    for step in range(4):
+      saved.save(step, state=state, progress={}, config=config)
+      state = double(double(state))
+      saved.wait()
+      restored, _ = saved.restore(like, config=config)
+      assert set(np.unique(restored.params["w"])) == {4.0**step}
+
+
+@pytest.mark.parametrize(
+  "keep_last, keep_best, kept",
+  [(1, 0, [6]), (3, 0, [4, 5, 6]), (1, 1, [2, 6]), (2, 2, [2, 4, 5, 6])],
+)
+def test_the_last_and_the_best_are_kept(
+  directory, config, keep_last, keep_best, kept
+):
+  rules = CheckpointConfig(keep_last=keep_last, keep_best=keep_best)
+  losses = {1: 3.0, 2: 1.0, 4: 2.0}
+  with Checkpoints(directory, config=rules) as saved:
+    for step in range(1, 4):
+      _save(saved, step, config, losses.get(step))
+  # What was best before a restart stays so.
+  with Checkpoints(directory, config=rules) as saved:
+    for step in range(4, 7):
+      _save(saved, step, config, losses.get(step))
+    saved.wait()
+    found = sorted(int(p.name) for p in directory.iterdir())
+    assert found == kept
+    assert saved.losses == {s: losses[s] for s in kept if s in losses}
+
+
+def test_another_config_is_refused_with_all_differences(
+  directory, config, tiny
+):
+  with Checkpoints(directory, config=CheckpointConfig()) as saved:
+    _save(saved, 2, config)
+    other = saved_config(
+      model=tiny.model(mlp_dim=32),
+      train=tiny.config(batch_size=4),
+      others={"seed": 2},
+    )
+    with pytest.raises(errors.UserError) as error:
+      saved.restore(
+        _abstract(_state(2.0)), config=other, path="config.stages.a"
+      )
+  assert str(error.value) == (
+    f"{directory}/2 was made with another config; use another workdir, or"
+    " change back: config.stages.a.model.mlp_dim: 24 -> 32;"
+    " config.stages.a.seed: 1 -> 2; config.stages.a.train.batch_size: 8 -> 4"
+  )
+
+
+def test_harmless_fields_may_change(directory, config, tiny):
+  other = saved_config(
+    model=tiny.model(),
+    train=tiny.config(
+      log_every=7,
+      evaluate_every=3,
+      evaluate_tokens=5,
+      checkpoint=CheckpointConfig(every_steps=3, keep_last=5),
+    ),
+    others={"seed": 1},
+  )
+  assert other != config
+  with Checkpoints(directory, config=CheckpointConfig()) as saved:
+    _save(saved, 2, config)
+    restored, _ = saved.restore(_abstract(_state(2.0)), config=other)
+  assert int(restored.step) == 2
+
+
+def test_only_errors_of_orbax_pass_the_filter(directory, config, caplog):
+  absl_logger = logging.getLogger("absl")
+  quiet_orbax()
+  try:
+    with Checkpoints(directory, config=CheckpointConfig()) as saved:
+      _save(saved, 1, config)  # Orbax warns that there is no metric
+    absl_logging.warning("ours")
+  finally:
+    absl_logger.removeFilter(absl_logger.filters[-1])
+  assert [record.message for record in caplog.records] == ["ours"]
+
+
+# Saves step 1 whole, then is killed as soon as step 2 stands half-written.
+_KILLED = """
+import os, sys, jax.numpy as jnp, optax
+from etils import epath
+from aquila_jax.core.experiment_config import CheckpointConfig
+from aquila_jax.core.types import TrainState
+from aquila_jax.training.checkpointing import Checkpoints
+
+params = {"w": jnp.ones((2048, 2048))}
+state = TrainState(
+  step=jnp.int32(1), params=params, opt_state=optax.scale_by_adam().init(params)
+)
+directory = epath.Path(sys.argv[1])
+saved = Checkpoints(directory, config=CheckpointConfig())
+config = {"train": {}}
+saved.save(1, state=state, progress={"n": 1}, config=config)
+saved.wait()
+saved.save(2, state=state, progress={"n": 2}, config=config)
+while not any("tmp" in child.name for child in directory.iterdir()):
+  pass
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_kill_9_leaves_whole_steps_and_the_next_start_cleans_up(directory):
+  killed = subprocess.run(
+    [sys.executable, "-c", _KILLED, str(directory)],
+    env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path)},
+    capture_output=True,
+    check=False,
+  )
+  assert killed.returncode == -9, killed.stderr.decode()
+  assert any("tmp" in child.name for child in directory.iterdir())
+  params = {"w": jnp.ones((2048, 2048))}
+  state = TrainState(
+    step=jnp.int32(1),
+    params=params,
+    opt_state=optax.scale_by_adam().init(params),
+  )
+  with Checkpoints(directory, config=CheckpointConfig()) as saved:
+    assert [child.name for child in directory.iterdir()] == ["1"]
+    assert saved.latest_step == 1
+    restored, progress = saved.restore(_abstract(state), config={"train": {}})
+  jax.tree.map(np.testing.assert_array_equal, restored, state)
+  assert progress == {"n": 1}
