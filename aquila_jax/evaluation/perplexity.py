@@ -1,0 +1,174 @@
+"""Loss, perplexity and bits per byte on held-out documents, by language."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float
+
+from aquila_jax.core import dtypes, errors
+from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.core.types import Batch, Params
+from aquila_jax.data import loader
+from aquila_jax.data.prepared import PreparedData
+from aquila_jax.evaluation.scores import LanguageScore, Scores
+from aquila_jax.generation.decoding import inference_config
+from aquila_jax.models.decoder_lm import DecoderLM
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _target_nats(
+  config: ModelConfig, params: Params, batch: Batch
+) -> Float[Array, "B T"]:
+  """-log probability of every target, 0 where it has no weight."""
+  out: Any = DecoderLM(config).apply(
+    {"params": params},
+    batch.tokens,
+    positions=batch.positions,
+    segments=batch.segments,
+  )
+  # At least float32: a log-softmax over the vocabulary.
+  logits = out.logits.astype(dtypes.at_least_float32(out.logits.dtype))
+  index = batch.targets[..., None].astype(jnp.int32)
+  chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
+  nats = jax.nn.logsumexp(logits, axis=-1) - chosen
+  # A product would turn an infinity of padding into NaN.
+  return jnp.where(batch.weights > 0, nats, jnp.zeros((), nats.dtype))
+
+
+class Evaluator:
+  """Measures parameters of one architecture again and again.
+
+  The batches are read once and kept; the program is compiled once. A mixture
+  of experts runs dropless, whatever capacity it trains with, so that the batch
+  size changes nothing.
+
+  Args:
+    config: of the model.
+    data: prepared text.
+    split: "validation" or "test".
+    batch_size: rows at a time.
+    sequence_length: T.
+    max_tokens: of a language; 0 is the whole split.
+    sharding: where the rows of a batch lie; None leaves it to JAX.
+  """
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    *,
+    data: PreparedData,
+    split: Literal["validation", "test"],
+    batch_size: int,
+    sequence_length: int,
+    max_tokens: int = 0,
+    sharding: NamedSharding | None = None,
+  ):
+    self._config = inference_config(config)
+    self._split = split
+    self._token_bytes = np.asarray(data.token_bytes, np.int64)
+    self._sharding = sharding
+    self._batches: dict[str, list[Batch]] = {}
+    for language in data.languages:
+      batches = loader.evaluation_batches(
+        data,
+        split=split,
+        language=language,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        max_tokens=max_tokens,
+      )
+      kept = [batch for batch in batches if np.any(batch.weights > 0)]
+      if kept:
+        self._batches[language] = kept
+      else:
+        logging.warning("the %s split has no %s text", split, language)
+    if not self._batches:
+      raise errors.UserError(
+        f"the {split} split has no text; raise data.{split}_share or give more"
+        " documents"
+      )
+
+  def scores(self, params: Params) -> Scores:
+    """The score of every language that the split has."""
+    return Scores(
+      split=self._split,
+      languages={
+        language: self._score(params, batches)
+        for language, batches in self._batches.items()
+      },
+    )
+
+  def __call__(self, params: Params) -> dict[str, float]:
+    """The numbers of a validation row: `loss`, `loss_LANG` and others."""
+    scores = self.scores(params)
+    row = {
+      "loss": scores.overall.loss,
+      "bits_per_byte": scores.overall.bits_per_byte,
+    }
+    for language, score in scores.languages.items():
+      row[f"loss_{language}"] = score.loss
+      row[f"bits_per_byte_{language}"] = score.bits_per_byte
+    return row | {"validation_tokens": float(scores.overall.tokens)}
+
+  def _score(self, params: Params, batches: Sequence[Batch]) -> LanguageScore:
+    # Sums in float64 on the host: their order then does not show.
+    nats, tokens, num_bytes = 0.0, 0, 0
+    for batch in batches:
+      values = jax.device_get(self._run(params, batch))
+      counted = np.asarray(batch.weights) > 0
+      nats += float(np.sum(values, dtype=np.float64))
+      tokens += int(np.sum(counted))
+      targets = np.asarray(batch.targets)[counted]
+      num_bytes += int(np.sum(self._token_bytes[targets]))
+    return LanguageScore(nats=nats, tokens=tokens, bytes=num_bytes)
+
+  def _run(self, params: Params, batch: Batch) -> Float[Array, "B T"]:
+    if self._sharding is not None:
+      batch = jax.device_put(batch, self._sharding)
+    return _target_nats(self._config, params, batch)
+
+
+def evaluate(
+  config: ModelConfig,
+  params: Params,
+  *,
+  data: PreparedData,
+  split: Literal["validation", "test"],
+  sequence_length: int,
+  batch_size: int = 16,
+  max_tokens: int = 0,
+) -> Scores:
+  """Measures parameters once; see `Evaluator`.
+
+  Args:
+    config: of the model.
+    params: of the model.
+    data: prepared text.
+    split: "validation" or "test".
+    sequence_length: T; documents are cut into rows of it.
+    batch_size: rows at a time; changes nothing but memory and speed.
+    max_tokens: of a language; 0 is the whole split.
+
+  Returns:
+    The scores.
+
+  Raises:
+    errors.UserError: where the split has no text at all.
+  """
+  evaluator = Evaluator(
+    config,
+    data=data,
+    split=split,
+    batch_size=batch_size,
+    sequence_length=sequence_length,
+    max_tokens=max_tokens,
+  )
+  return evaluator.scores(params)

@@ -1,0 +1,226 @@
+"""The programs of generation: prefill, one step, and the loop over steps.
+
+Prompts of different lengths end in the same slot: they stand to the right of
+padding, which is segment 0 and so is neither attended to nor routed. All rows
+then append to the cache at one place.
+
+  slot      0 1 2 3 | 4 5 6
+  row 0     . . a b | c d e      position of a: 0
+  row 1     p q r s | t u v      position of p: 0
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.core.types import Leaf, Params
+from aquila_jax.generation import sampling
+from aquila_jax.layers.attention import KVCache
+from aquila_jax.models import decoder_lm
+from aquila_jax.models.decoder_lm import DecoderLM
+
+
+class Decoding(struct.PyTreeNode):
+  """Where a generation stands after `count` tokens."""
+
+  cache: KVCache  # stacked over layers
+  tokens: Leaf  # int [B N]; N is a bound on the new tokens
+  count: Leaf  # int []; of the columns of `tokens` that are filled
+  lengths: Leaf  # int [B]; tokens of the prompts
+  finished: Leaf  # bool [B]; the row's last token was the stop token
+
+
+def inference_config(
+  config: ModelConfig, *, num_tokens: int = 0
+) -> ModelConfig:
+  """`config` without what only training wants: capacity and remat.
+
+  A capacity would drop tokens by what else is in the batch, so inference is
+  dropless whatever the model was trained with.
+
+  Args:
+    config: of the model.
+    num_tokens: M of a call with few tokens; 0 is many. Blocks of the dispatch
+      are then no larger than an expert's mean share of the rows.
+
+  Returns:
+    A configuration with the same parameters.
+  """
+  moe = config.moe
+  if moe is not None:
+    block = moe.block_size
+    if num_tokens:
+      share = num_tokens * moe.top_k // moe.num_experts
+      block = min(block, max(share, 1))
+    moe = dataclasses.replace(moe, capacity_factor=None, block_size=block)
+  return dataclasses.replace(config, moe=moe, remat="none")
+
+
+def append(
+  config: ModelConfig,
+  params: Params,
+  tokens: Int[Array, "B T"],
+  *,
+  positions: Int[Array, "B T"],
+  segments: Int[Array, "B T"],
+  cache: KVCache,
+) -> tuple[Float[Array, "B V"], KVCache]:
+  """Reads T more tokens of every row.
+
+  Args:
+    config: of `inference_config`.
+    params: of the model.
+    tokens: to append to the cache.
+    positions: from 0 in every row.
+    segments: 0 for padding and 1 for text.
+    cache: what was read before.
+
+  Returns:
+    The logits after the last token, and the grown cache.
+  """
+  out: Any = DecoderLM(config).apply(
+    {"params": params},
+    tokens,
+    positions=positions,
+    segments=segments,
+    cache=cache,
+  )
+  return out.logits[:, -1], out.cache
+
+
+def prefill(
+  config: ModelConfig,
+  params: Params,
+  prompts: Int[Array, "B T"],
+  lengths: Int[Array, "B"],
+  *,
+  chooser: sampling.Chooser,
+  stop_token: Int[Array, ""],
+  max_new_tokens: int,
+) -> Decoding:
+  """Reads the prompts and chooses the first token.
+
+  Args:
+    config: of the model.
+    params: of the model.
+    prompts: each ends in the last column; what is before it is padding.
+    lengths: tokens of each prompt, at least 1.
+    chooser: of `sampling.make_chooser`.
+    stop_token: ends a row; -1 is none.
+    max_new_tokens: N, the room for new tokens.
+
+  Returns:
+    The state after one new token.
+  """
+  batch_size, num_slots = prompts.shape
+  positions = jnp.arange(num_slots)[None] - (num_slots - lengths)[:, None]
+  cache = decoder_lm.make_cache(
+    config, batch_size=batch_size, num_slots=num_slots + max_new_tokens
+  )
+  logits, cache = append(
+    inference_config(config),
+    params,
+    prompts,
+    positions=jnp.maximum(positions, 0),
+    segments=(positions >= 0).astype(jnp.int32),
+    cache=cache,
+  )
+  count = jnp.zeros((), jnp.int32)
+  first = sampling.choose(logits, chooser, step=count)
+  tokens = jnp.zeros((batch_size, max_new_tokens), jnp.int32)
+  return Decoding(
+    cache=cache,
+    tokens=tokens.at[:, 0].set(first),
+    count=count + 1,
+    lengths=lengths,
+    finished=first == stop_token,
+  )
+
+
+def advance(
+  config: ModelConfig,
+  params: Params,
+  state: Decoding,
+  *,
+  chooser: sampling.Chooser,
+  stop_token: Int[Array, ""],
+) -> Decoding:
+  """Reads the last token of every row and chooses the next.
+
+  A finished row becomes padding: its further tokens have no meaning.
+  """
+  last = jax.lax.dynamic_slice_in_dim(state.tokens, state.count - 1, 1, axis=1)
+  logits, cache = append(
+    inference_config(config, num_tokens=last.shape[0]),
+    params,
+    last,
+    positions=(state.lengths + state.count - 1)[:, None],
+    segments=(~state.finished).astype(jnp.int32)[:, None],
+    cache=state.cache,
+  )
+  chosen = sampling.choose(logits, chooser, step=state.count)
+  tokens = jax.lax.dynamic_update_slice_in_dim(
+    state.tokens, chosen[:, None], state.count, axis=1
+  )
+  return state.replace(
+    cache=cache,
+    tokens=tokens,
+    count=state.count + 1,
+    finished=state.finished | (chosen == stop_token),
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens"))
+def decode_all(
+  config: ModelConfig,
+  params: Params,
+  prompts: Int[Array, "B T"],
+  lengths: Int[Array, "B"],
+  *,
+  chooser: sampling.Chooser,
+  stop_token: Int[Array, ""],
+  limit: Int[Array, ""],
+  max_new_tokens: int,
+) -> tuple[Int[Array, "B N"], Int[Array, ""]]:
+  """`prefill`, then `advance` until every row has stopped or has `limit`.
+
+  One program for each shape; `limit` <= max_new_tokens is an argument of it.
+
+  Returns:
+    The new tokens, and how many of the columns are filled.
+  """
+  state = prefill(
+    config,
+    params,
+    prompts,
+    lengths,
+    chooser=chooser,
+    stop_token=stop_token,
+    max_new_tokens=max_new_tokens,
+  )
+
+  def goes_on(state):
+    return (state.count < limit) & ~jnp.all(state.finished)
+
+  def one_step(state):
+    return advance(
+      config, params, state, chooser=chooser, stop_token=stop_token
+    )
+
+  state = jax.lax.while_loop(goes_on, one_step, state)
+  return state.tokens, state.count
+
+
+# The same two steps as separate programs, for a text that is shown as it grows.
+prefill_once = jax.jit(prefill, static_argnames=("config", "max_new_tokens"))
+advance_once = jax.jit(
+  advance, static_argnames="config", donate_argnames="state"
+)
