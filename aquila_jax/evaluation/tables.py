@@ -15,7 +15,7 @@ from rich.table import Table as RichTable
 from aquila_jax.evaluation import formats
 from aquila_jax.evaluation.markup import Markup, element
 from aquila_jax.evaluation.results import METHOD_NAMES, ReportInput, StageResult
-from aquila_jax.evaluation.scores import LanguageScore
+from aquila_jax.evaluation.scores import LanguageScore, Scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,23 +114,31 @@ def evaluation_table(report: ReportInput) -> Table:
   for stage in report.stages:
     if stage.evaluation is None:
       continue
-    scores = dict(stage.evaluation.languages)
-    if len(scores) > 1:
-      scores["all"] = stage.evaluation.overall
-    for i, (language, score) in enumerate(scores.items()):
-      rows.append((stage.name if i == 0 else "", language, *_score(score)))
+    for i, row in enumerate(scores_table(stage.evaluation).rows):
+      rows.append((stage.name if i == 0 else "", *row))
   return Table(
-    columns=(
-      "stage",
-      "language",
-      "loss, nats/token",
-      "perplexity",
-      "bits per byte",
-      "tokens",
-      "bytes",
-    ),
-    rows=rows,
-    words=("language",),
+    columns=("stage", *_SCORE_COLUMNS), rows=rows, words=("language",)
+  )
+
+
+_SCORE_COLUMNS = (
+  "language",
+  "loss, nats/token",
+  "perplexity",
+  "bits per byte",
+  "tokens",
+  "bytes",
+)
+
+
+def scores_table(scores: Scores) -> Table:
+  """The scores of one model: a row a language, and all of several."""
+  named = dict(scores.languages)
+  if len(named) > 1:
+    named["all"] = scores.overall
+  return Table(
+    columns=_SCORE_COLUMNS,
+    rows=[(language, *_score(score)) for language, score in named.items()],
   )
 
 

@@ -200,9 +200,9 @@ def _prepare(
   model: TextModel, prompts: Sequence[str], *, sampling: Sampling
 ) -> _Request:
   config, tokenizer = model.config, model.tokenizer
-  ids = [tokenizer.encode(prompt).ids for prompt in prompts]
-  for prompt, row in zip(prompts, ids, strict=True):
-    _check_prompt(prompt, len(row), context_length=config.context_length)
+  ids = encode_prompts(
+    prompts, tokenizer=tokenizer, context_length=config.context_length
+  )
   width = _power_of_two(max(_SHORTEST_BUCKET, *map(len, ids)))
   padded = np.zeros((len(ids), width), np.int32)
   for row, tokens in zip(padded, ids, strict=True):
@@ -229,6 +229,29 @@ def _prepare(
     max_new_tokens=sampling.max_new_tokens,
     context_length=config.context_length,
   )
+
+
+def encode_prompts(
+  prompts: Sequence[str], *, tokenizer: Tokenizer, context_length: int
+) -> list[list[int]]:
+  """The tokens of every prompt.
+
+  Args:
+    prompts: texts.
+    tokenizer: of the model.
+    context_length: of the model.
+
+  Returns:
+    Token ids.
+
+  Raises:
+    errors.UserError: on a prompt of no tokens, or one that leaves no room in
+      the context.
+  """
+  ids = [tokenizer.encode(prompt).ids for prompt in prompts]
+  for prompt, row in zip(prompts, ids, strict=True):
+    _check_prompt(prompt, len(row), context_length=context_length)
+  return ids
 
 
 def _check_prompt(prompt: str, length: int, *, context_length: int) -> None:

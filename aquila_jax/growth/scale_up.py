@@ -173,6 +173,35 @@ def make_growth(
   )
 
 
+def new_indices(
+  source: ModelConfig,
+  target: ModelConfig,
+  options: ScaleUp,
+  *,
+  path: str = "config.model",
+) -> dict[str, list[list[int]]]:
+  """For each axis, the half-open ranges that a growth adds.
+
+  Args:
+    source: what is there.
+    target: what is wanted.
+    options: the method and its options.
+    path: the dotted name of `target`, for messages.
+
+  Returns:
+    Ranges by axis name; of method='random', which keeps nothing, everything.
+
+  Raises:
+    errors.UserError: as `scale_up`.
+  """
+  if options.method != "random":
+    return make_growth(source, target, options, path=path).new_indices
+  check_pair(source, target, options, path=path)
+  # Every leaf has one of these two.
+  everything = {"embed": target.embed_dim, "head_dim": target.head_dim}
+  return {axis: [[0, size]] for axis, size in everything.items()}
+
+
 def check_pair(
   source: ModelConfig, target: ModelConfig, options: ScaleUp, *, path: str
 ) -> None:
@@ -181,6 +210,11 @@ def check_pair(
   Raises:
     errors.UserError: naming the field, its value, what was expected and why.
   """
+  if options.method == "random" and options.optimizer == "grow":
+    raise errors.UserError(
+      "optimizer='grow': expected 'reset'; method='random' keeps no parameter"
+      " that moments could belong to"
+    )
   for field, reason in _KEPT.items():
     given, needed = getattr(target, field), getattr(source, field)
     if given != needed:
@@ -241,26 +275,17 @@ def scale_up(
   """
   if options.method == "random":
     check_pair(source.config, target, options, path=path)
-    if options.optimizer == "grow":
-      raise errors.UserError(
-        "optimizer='grow': expected 'reset'; method='random' keeps no parameter"
-        " that moments could belong to"
-      )
     initialise = jax.jit(functools.partial(decoder_lm.init_params, target))
     trees = (initialise(key=jax.random.key(seed)), None, None)
-    # Every leaf has one of these two.
-    everything = {"embed": target.embed_dim, "head_dim": target.head_dim}
-    new_indices = {axis: [[0, size]] for axis, size in everything.items()}
   else:
     growth = make_growth(source.config, target, options, seed=seed, path=path)
     trees = _grow(source, growth, keep_moments=options.optimizer == "grow")
-    new_indices = growth.new_indices
   event = Event(
     kind="scale_up",
     name=name,
     parent=options.source,
     options=config_lib.to_dict(options) | {"seed": seed},
-    new_indices=new_indices,
+    new_indices=new_indices(source.config, target, options, path=path),
   )
   params, moments, ema = trees
   return StoredModel(

@@ -14,7 +14,6 @@ the next start removes.
 
 from __future__ import annotations
 
-import logging as python_logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -135,14 +134,9 @@ class Checkpoints:
         config=ocp.args.JsonRestore(), progress=ocp.args.JsonRestore()
       ),
     )
-    changed = config_lib.differences(
-      _compared(small["config"]), _compared(config), path
+    check_same(
+      small["config"], config, what=self.directory / str(step), path=path
     )
-    if changed:
-      raise errors.UserError(
-        f"{self.directory / str(step)} was made with another config; use"
-        f" another workdir, or change back: {'; '.join(changed)}"
-      )
     like = _to_tree(state)
     restored = self._manager.restore(
       step,
@@ -184,19 +178,27 @@ def saved_config(
   return config_lib.to_dict({"model": model, "train": train, **others})
 
 
-def quiet_orbax() -> None:
-  """Keeps Orbax's own log, dozens of lines a save, out of ours.
+def check_same(
+  saved: JsonDict, present: JsonDict, *, what: epath.Path, path: str
+) -> None:
+  """Refuses to go on with a config that changes the training.
 
-  It logs through absl's one logger; only its errors pass.
+  Args:
+    saved: of `saved_config`, as it was.
+    present: of `saved_config`, as it is now.
+    what: where `saved` stands, for messages.
+    path: the dotted name of the stage's config, for messages.
+
+  Raises:
+    errors.UserError: where they differ, but for what is harmless; it lists all
+      fields.
   """
-  python_logging.getLogger("absl").addFilter(_not_orbax)
-
-
-def _not_orbax(record: python_logging.LogRecord) -> bool:
-  return (
-    record.levelno >= python_logging.ERROR
-    or f"{os.sep}orbax{os.sep}" not in record.pathname
-  )
+  changed = config_lib.differences(_compared(saved), _compared(present), path)
+  if changed:
+    raise errors.UserError(
+      f"{what} was made with another config; use another workdir, or change"
+      f" back: {'; '.join(changed)}"
+    )
 
 
 def _preservation(config: CheckpointConfig) -> policies.AnyPreservationPolicy:

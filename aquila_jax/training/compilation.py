@@ -47,6 +47,7 @@ def compile_step(jitted: Any, *arguments: Any) -> Any:
   Returns:
     The executable.
   """
+  logging.info("compiling the training step")
   start = time.perf_counter()
   executable = jitted.lower(*arguments).compile()
   seconds = time.perf_counter() - start

@@ -1,0 +1,123 @@
+"""How every command starts and ends.
+
+Exit codes: 0 done; 1 a fault of ours or of the machine; 2 a mistake in what the
+user gave, in one line; 3 training stopped on a loss that is not finite; 128 + n
+stopped by signal n with everything saved.
+"""
+
+from __future__ import annotations
+
+import logging as python_logging
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+from aquila_jax.cli import config_door
+from aquila_jax.core import errors
+from aquila_jax.training.interruption import Interrupted
+
+_MISSING = re.compile(r"Flag (--\w+) must have a value other than None")
+_PROGRAM = "aquila_jax"
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+  """Parses the command line, runs `main`, and ends the process.
+
+  Args:
+    main: the command; takes its flags from absl.
+  """
+  # `--config.a.b=value` is for config_door; absl gets the rest.
+  arguments = config_door.take_overrides(sys.argv)
+  app.run(
+    lambda argv: _guarded(main, argv), argv=arguments, flags_parser=_parse
+  )
+  raise AssertionError("app.run does not return")
+
+
+def _guarded(main: Callable[[], None], argv: Sequence[str]) -> NoReturn:
+  _show_own_log()
+  try:
+    if len(argv) > 1:
+      raise errors.UserError(
+        f"{argv[1]!r} is no flag; expected --name=value, and --help lists them"
+      )
+    main()
+  except errors.UserError as error:
+    _end(2, str(error))
+  except errors.TrainingStopped as error:
+    _end(3, str(error))
+  except Interrupted as error:
+    _end(error.exit_code, str(error))
+  except KeyboardInterrupt:
+    _end(130, "stopped; the same command goes on from the last checkpoint")
+  except BrokenPipeError:
+    # Whoever read our output has left; nothing more can be said.
+    sys.stderr.close()
+    sys.exit(1)
+  logging.flush()
+  sys.exit(0)
+
+
+def _show_own_log() -> None:
+  """Plain lines of our own log on standard error, and others' warnings.
+
+  Libraries log through absl's one logger, dozens of lines a checkpoint.
+  """
+  handler = logging.get_absl_handler()
+  handler.setFormatter(python_logging.Formatter("%(message)s"))
+  handler.addFilter(_is_for_people)
+  if flags.FLAGS["verbosity"].using_default_value:
+    logging.set_verbosity(logging.INFO)
+
+
+def _is_for_people(record: python_logging.LogRecord) -> bool:
+  if record.pathname.startswith(_PACKAGE):
+    return True
+  # Orbax warns of what is as it should be.
+  is_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
+  return record.levelno >= (
+    python_logging.ERROR if is_orbax else python_logging.WARNING
+  )
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  """Parses by absl, with one line for a mistake and 0 for --help."""
+  try:
+    return flags.FLAGS(list(argv))
+  except flags.UnrecognizedFlagError as error:
+    near = errors.nearest(f"--{error.flagname}", _own_flags())
+    _end(2, f"--{error.flagname} is no flag; {near}")
+  except flags.Error as error:
+    _end(2, _in_one_line(error))
+  except SystemExit as end:
+    # absl prints the help and ends with 1.
+    asked = {"--help", "-help", "--helpfull", "--helpshort", "-h", "-?"}
+    raise SystemExit(0 if asked & set(argv) else end.code) from None
+
+
+def _in_one_line(error: flags.Error) -> str:
+  missing = _MISSING.findall(str(error))
+  if missing:
+    return f"{' and '.join(missing)} must be given; --help lists the flags"
+  return " ".join(str(error).removeprefix("flag ").split())
+
+
+def _own_flags() -> list[str]:
+  """The flags of this program, without those that absl and JAX bring."""
+  by_module = flags.FLAGS.flags_by_module_dict()
+  return [
+    f"--{flag.name}"
+    for module, members in by_module.items()
+    if not module.startswith(("absl.", "jax", "grain", "orbax"))
+    for flag in members
+  ]
+
+
+def _end(code: int, message: str) -> NoReturn:
+  print(f"{_PROGRAM}: {message}", file=sys.stderr, flush=True)
+  sys.exit(code)

@@ -1,0 +1,39 @@
+"""Runs a whole experiment: every stage of its pipeline, then the report.
+
+  python -m aquila_jax.cli.efficient_scale \
+    --config=experiments/configs/quickstart.py --workdir=runs/quickstart
+
+Stopped at any instant and started again with the same command, it goes on from
+its last checkpoint and repeats no finished stage.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+from etils import epath
+
+from aquila_jax.cli import app, config_door
+from aquila_jax.evaluation.summary import summary_table
+from aquila_jax.pipeline.context import say_on_stderr
+from aquila_jax.pipeline.run import run_pipeline
+from aquila_jax.training.compilation import enable_compilation_cache
+
+_CONFIG = config_door.define_flag()
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Takes everything that is written.", required=True
+)
+
+
+def main() -> None:
+  experiment = config_door.load(_CONFIG)
+  enable_compilation_cache()
+  workdir = epath.Path(_WORKDIR.value)
+  finished = run_pipeline(experiment, workdir, say=say_on_stderr)
+  if finished.did_nothing:
+    say_on_stderr("every stage was done before; this is what they gave")
+  print(summary_table(finished.report))
+  print(f"\nReport: {finished.report_path}")
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,111 @@
+"""Loss, perplexity and bits per byte of a MODEL, by language.
+
+  python -m aquila_jax.cli.evaluate --model=MODEL --data=DATA [--output=FILE]
+
+DATA is a directory of prepare_data, or text: a .txt, .jsonl[.gz|.zst] or
+.parquet file, a folder or glob of such, corpus:NAME or hf:NAME.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from aquila_jax.cli import app, model_flags
+from aquila_jax.core import errors
+from aquila_jax.core.experiment_config import SourceConfig
+from aquila_jax.core.model_dir import StoredModel
+from aquila_jax.data import prepared, raw_text
+from aquila_jax.data.prepared import PreparedData
+from aquila_jax.data.tokenizer import Tokenizer
+from aquila_jax.evaluation.perplexity import evaluate
+from aquila_jax.evaluation.tables import scores_table
+from aquila_jax.pipeline.context import say_on_stderr
+from aquila_jax.training.compilation import enable_compilation_cache
+
+_MODEL = flags.DEFINE_string("model", None, "A MODEL.", required=True)
+_DATA = flags.DEFINE_string(
+  "data", None, "Prepared data or text.", required=True
+)
+_OUTPUT = flags.DEFINE_string("output", "", "A JSON file for the scores.")
+_SPLIT: Any = flags.DEFINE_enum(
+  "split", "test", ["validation", "test"], "Of prepared data."
+)
+_LANGUAGE = flags.DEFINE_string("language", "text", "Of text: its name.")
+_TEXT_FIELD = flags.DEFINE_string(
+  "text_field", "text", "Of .jsonl and .parquet rows."
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size", 16, "Rows at a time.", lower_bound=1
+)
+_SEQUENCE_LENGTH = flags.DEFINE_integer(
+  "sequence_length", 0, "Of a row; 0 is the model's context.", lower_bound=0
+)
+_MAX_TOKENS = flags.DEFINE_integer(
+  "max_tokens", 0, "Of a language; 0 is all.", lower_bound=0
+)
+
+
+def main() -> None:
+  model = model_flags.load(_MODEL.value, flag="model", with_optimizer=False)
+  length = _SEQUENCE_LENGTH.value or model.config.context_length
+  if length > model.config.context_length:
+    raise errors.UserError(
+      f"--sequence_length={length}: expected at most the model's"
+      f" context_length={model.config.context_length}"
+    )
+  data = _data(model)
+  enable_compilation_cache()
+  scores = evaluate(
+    model.config,
+    model.params,
+    data=data,
+    split=_SPLIT.value,
+    sequence_length=length,
+    batch_size=_BATCH_SIZE.value,
+    max_tokens=_MAX_TOKENS.value,
+  )
+  print(scores_table(scores).plain(f"{_MODEL.value} on {_DATA.value}"))
+  if _OUTPUT.value:
+    record = {"model": _MODEL.value, "data": _DATA.value} | scores.to_json()
+    model_flags.write_json(_OUTPUT.value, record)
+
+
+def _data(model: StoredModel) -> PreparedData:
+  path = _DATA.value
+  if (pathlib.Path(path).expanduser() / prepared.HEADER).exists():
+    data = PreparedData.open(path, what="--data")
+    if json.loads(data.tokenizer_text) != json.loads(model.tokenizer):
+      raise errors.UserError(
+        f"--data={path!r}: it was prepared with another tokenizer than the"
+        " model's; give the text itself, or data prepared with"
+        f" config.data.tokenizer.path='{_MODEL.value}/tokenizer.json'"
+      )
+    return data
+  source = SourceConfig(
+    path=path, language=_LANGUAGE.value, text_field=_TEXT_FIELD.value
+  )
+  tokenizer = Tokenizer.from_text(
+    model.tokenizer, what=f"{_MODEL.value}/tokenizer.json"
+  )
+  try:
+    data = raw_text.tokenize(
+      source,
+      tokenizer=tokenizer,
+      field="--data",
+      progress=say_on_stderr,
+      split=_SPLIT.value,
+    )
+  except errors.UserError as error:
+    message = str(error).replace("--data.path", "--data")
+    raise errors.UserError(message) from error
+  if not data.tokens(_SPLIT.value):
+    raise errors.UserError(f"--data={path!r}: there is no text in it")
+  return data
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,134 @@
+"""Flags and lines that the verbs of single models share."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, TypeVar
+
+from absl import flags
+from etils import epath
+
+from aquila_jax.core import config as config_lib
+from aquila_jax.core import errors
+from aquila_jax.core.experiment_config import ExperimentConfig
+from aquila_jax.core.model_dir import StoredModel, load_model, save_model
+from aquila_jax.models import decoder_lm
+from aquila_jax.planning import counting
+
+T = TypeVar("T")
+
+
+def define_stage() -> flags.FlagHolder:
+  """Defines --stage, for the commands that take a config of one stage."""
+  return flags.DEFINE_string(
+    "stage", "", "The stage of the config; needed where it has several."
+  )
+
+
+def stage_name(
+  experiment: ExperimentConfig, chosen: str, *, kind: str = ""
+) -> str:
+  """The stage that --stage chooses.
+
+  Args:
+    experiment: with the stages.
+    chosen: the value of --stage.
+    kind: of transform; where --stage is not given and just one stage of the
+      pipeline has it, that one is meant.
+
+  Returns:
+    A key of `experiment.stages`.
+
+  Raises:
+    errors.UserError: where there is no such stage, or several and no choice.
+  """
+  fitting = [
+    name
+    for name in experiment.pipeline
+    if experiment.stages[name].init.kind == kind
+  ]
+  if not chosen and len(fitting) == 1:
+    (chosen,) = fitting
+  experiment.stage(chosen)  # refuses what is unknown or ambiguous
+  return chosen or experiment.pipeline[0]
+
+
+def build(cls: type[T], **values: Any) -> T:
+  """A config section out of flags of the same names.
+
+  Raises:
+    errors.UserError: naming the flag.
+  """
+  try:
+    return config_lib.build(cls, values, path="flags")
+  except errors.UserError as error:
+    message = str(error).replace("flags.", "--").replace("flags: ", "--")
+    raise errors.UserError(message) from error
+
+
+def load(path: str, *, flag: str, with_optimizer: bool = True) -> StoredModel:
+  """The MODEL that a flag names."""
+  return load_model(
+    path,
+    like=decoder_lm.abstract_params,
+    with_optimizer=with_optimizer,
+    what=f"--{flag}",
+  )
+
+
+def check_output(path: str) -> None:
+  """Refuses an output that is taken, before the work and not after it.
+
+  Raises:
+    errors.UserError: where it exists, or cannot be written.
+  """
+  target = epath.Path(path)
+  if target.exists():
+    raise errors.UserError(f"--output={path!r}: it exists; choose another")
+  try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise errors.UserError(
+      f"--output={path!r}: cannot be made: {error.strerror}"
+    ) from error
+
+
+def save(path: str, model: StoredModel) -> None:
+  """Writes the MODEL of --output, and says what it is."""
+  save_model(path, model, axes=decoder_lm.parameter_axes(model.config))
+  print(f"{path}: {describe(model)}")
+
+
+def describe(model: StoredModel) -> str:
+  """Size, training and optimizer state of a model, in one line."""
+  total = counting.count(model.config).total
+  size = counting.in_words(total.parameters)
+  if total.active != total.parameters:
+    size += f" parameters ({counting.in_words(total.active)} active)"
+  else:
+    size += " parameters"
+  state = "with" if model.moments is not None else "without"
+  return (
+    f"{size}, trained {model.lineage.steps:,} steps on"
+    f" {counting.in_words(model.lineage.tokens)} tokens, {state} optimizer"
+    " state"
+  )
+
+
+def write_json(path: str | os.PathLike[str], tree: object) -> None:
+  """Writes a JSON file, whole or not at all.
+
+  Raises:
+    errors.UserError: where it cannot be written.
+  """
+  target = epath.Path(path)
+  try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.partial"
+    partial.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+    partial.replace(target)
+  except OSError as error:
+    raise errors.UserError(
+      f"--output={str(path)!r}: cannot be written: {error.strerror}"
+    ) from error

@@ -1,0 +1,49 @@
+"""Turns every FFN of a dense MODEL into experts.
+
+  python -m aquila_jax.cli.scale_out \
+    --source=MODEL --output=MODEL --num_experts=8 --top_k=2
+
+Every expert is a copy of the FFN; the router is drawn afresh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from absl import flags
+
+from aquila_jax.cli import app, model_flags
+from aquila_jax.core.experiment_config import ScaleOut
+from aquila_jax.core.model_config import MoeConfig
+from aquila_jax.growth.scale_out import scale_out
+
+_SOURCE = flags.DEFINE_string("source", None, "A dense MODEL.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "A new MODEL.", required=True)
+_NUM_EXPERTS = flags.DEFINE_integer("num_experts", 8, "Experts a layer.")
+_TOP_K = flags.DEFINE_integer("top_k", 2, "Experts that a token goes to.")
+_METHOD = flags.DEFINE_string("method", "sparse_upcycling", "How.")
+_OPTIMIZER = flags.DEFINE_string(
+  "optimizer", "grow", "grow the optimizer state, or reset (leave it out)."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the router.")
+
+
+def main() -> None:
+  options = model_flags.build(
+    ScaleOut,
+    source=_SOURCE.value,
+    method=_METHOD.value,
+    optimizer=_OPTIMIZER.value,
+  )
+  moe = model_flags.build(
+    MoeConfig, num_experts=_NUM_EXPERTS.value, top_k=_TOP_K.value
+  )
+  model_flags.check_output(_OUTPUT.value)
+  source = model_flags.load(_SOURCE.value, flag="source")
+  target = dataclasses.replace(source.config, moe=moe)
+  grown = scale_out(source, target, options, seed=_SEED.value)
+  model_flags.save(_OUTPUT.value, grown)
+
+
+if __name__ == "__main__":
+  app.run(main)

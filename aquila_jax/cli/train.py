@@ -1,0 +1,112 @@
+"""Trains one stage of a config, from scratch or from a MODEL.
+
+  python -m aquila_jax.cli.train --config=experiments/configs/smoke.py \
+    --stage=dense --workdir=runs/dense [--init_from=MODEL]
+
+WORKDIR takes the resolved config, checkpoints, metrics.jsonl, TensorBoard
+events and, at the end, WORKDIR/model. The same command goes on where it was
+stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from absl import flags
+from etils import epath
+
+from aquila_jax.cli import app, config_door, model_flags
+from aquila_jax.core import errors
+from aquila_jax.core.experiment_config import ExperimentConfig, Load
+from aquila_jax.pipeline import budget, records
+from aquila_jax.pipeline.context import make_context, say_on_stderr
+from aquila_jax.pipeline.initial import Start
+from aquila_jax.pipeline.preflight import check_stage
+from aquila_jax.pipeline.stage import run_stage
+from aquila_jax.training.compilation import enable_compilation_cache
+
+_CONFIG = config_door.define_flag()
+_STAGE = model_flags.define_stage()
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Takes everything that is written.", required=True
+)
+_INIT_FROM = flags.DEFINE_string(
+  "init_from",
+  "",
+  "A MODEL of the stage's architecture to go on from, with its optimizer state"
+  " where it has one; in place of the config's init.",
+)
+_PROFILE_STEPS = flags.DEFINE_list(
+  "profile_steps",
+  [],
+  "First and last step to profile, as in 10,15; into WORKDIR/profile.",
+)
+_SAVE_OPTIMIZER = flags.DEFINE_bool(
+  "save_optimizer", True, "Whether the MODEL gets the optimizer state."
+)
+
+
+def main() -> None:
+  experiment = config_door.load(_CONFIG)
+  name = model_flags.stage_name(experiment, _STAGE.value)
+  experiment = _with_init_from(experiment, name)
+  profile_steps = _profile_steps()
+  _check_source(experiment, name)
+  enable_compilation_cache()
+  workdir = epath.Path(_WORKDIR.value)
+  context = make_context(experiment, workdir, say=say_on_stderr)
+  check_stage(context, name, locate=str)
+  records.write(workdir / "config.json", records.plain(experiment))
+  stage = experiment.stages[name]
+  run_stage(
+    Start(context=context, name=name, stage=stage, locate=str),
+    workdir,
+    profile_steps=profile_steps,
+    save_optimizer=_SAVE_OPTIMIZER.value,
+  )
+  print(f"MODEL: {workdir / 'model'}")
+
+
+def _with_init_from(
+  experiment: ExperimentConfig, name: str
+) -> ExperimentConfig:
+  """The experiment whose stage `name` loads --init_from, if it is given."""
+  if not _INIT_FROM.value:
+    return experiment
+  stage = experiment.stages[name]
+  stage = dataclasses.replace(stage, init=Load(path=_INIT_FROM.value))
+  return dataclasses.replace(
+    experiment, stages={**experiment.stages, name: stage}
+  )
+
+
+def _check_source(experiment: ExperimentConfig, name: str) -> None:
+  """Refuses a stage that grows from another stage of the pipeline.
+
+  Raises:
+    errors.UserError: saying what can be done instead.
+  """
+  parent = budget.parent_stage(experiment, name)
+  if parent:
+    raise errors.UserError(
+      f"--stage={name}: it grows from the stage {parent!r}; give"
+      " --init_from=MODEL with a model that scale_up or scale_out has grown, or"
+      " run efficient_scale"
+    )
+
+
+def _profile_steps() -> tuple[int, int] | None:
+  given = _PROFILE_STEPS.value
+  if not given:
+    return None
+  try:
+    first, last = map(int, given)
+  except ValueError as error:
+    raise errors.UserError(
+      f"--profile_steps={','.join(given)}: expected two steps, as in 10,15"
+    ) from error
+  return first, last
+
+
+if __name__ == "__main__":
+  app.run(main)

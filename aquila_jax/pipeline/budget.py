@@ -1,0 +1,76 @@
+"""How long a stage trains: steps as given, or as many FLOPs as another took."""
+
+from __future__ import annotations
+
+from aquila_jax.core import errors
+from aquila_jax.core.experiment_config import (
+  ExperimentConfig,
+  Load,
+  ScaleOut,
+  ScaleUp,
+  StageConfig,
+)
+from aquila_jax.core.model_dir import read_header
+from aquila_jax.planning import counting
+
+
+def step_flops(stage: StageConfig) -> float:
+  """Training FLOPs of one step of a stage, forward and backward."""
+  train = stage.train
+  a_token = counting.train_flops_per_token(stage.model, train.sequence_length)
+  return train.tokens_per_step * a_token
+
+
+def total_steps(experiment: ExperimentConfig, name: str) -> int:
+  """The steps of a stage: its own, or what `match_flops` comes to.
+
+  Args:
+    experiment: with the stage, and the one whose FLOPs it matches.
+    name: of the stage.
+
+  Returns:
+    The number of steps whose FLOPs come nearest.
+
+  Raises:
+    errors.UserError: where one step takes more than all FLOPs to match.
+  """
+  stage = experiment.stages[name]
+  matched = stage.train.match_flops
+  if not matched:
+    return stage.train.steps
+  budget = _flops_with_ancestors(experiment, matched)
+  steps = round(budget / step_flops(stage))
+  if steps < 1:
+    raise errors.UserError(
+      f"config.stages.{name}.train.match_flops={matched!r}: one step takes"
+      f" {step_flops(stage):.3g} FLOPs, the stage and its ancestors took"
+      f" {budget:.3g}; expected a smaller batch"
+    )
+  return steps
+
+
+def parent_stage(experiment: ExperimentConfig, name: str) -> str:
+  """The stage of this experiment that a stage grows from; "" where none."""
+  source = source_of(experiment.stages[name])
+  return source if source in experiment.stages else ""
+
+
+def source_of(stage: StageConfig) -> str:
+  """What a stage starts from: a stage, the path of a MODEL, or ""."""
+  init = stage.init
+  if isinstance(init, Load):
+    return init.path
+  return init.source if isinstance(init, ScaleUp | ScaleOut) else ""
+
+
+def _flops_with_ancestors(experiment: ExperimentConfig, name: str) -> float:
+  stage = experiment.stages[name]
+  own = total_steps(experiment, name) * step_flops(stage)
+  parent = parent_stage(experiment, name)
+  if parent:
+    return own + _flops_with_ancestors(experiment, parent)
+  source = source_of(stage)
+  if source:
+    what = f"config.stages.{name}.init"
+    own += read_header(source, what=what)[1].flops
+  return own

@@ -1,0 +1,112 @@
+"""What the stages of a run share: config, data, devices, and where to talk."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+import zlib
+from collections.abc import Callable
+from typing import Literal
+
+from etils import epath
+from jax.sharding import Mesh
+
+from aquila_jax.core import errors
+from aquila_jax.core.experiment_config import DataConfig, ExperimentConfig
+from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.data.prepare import prepare
+from aquila_jax.data.prepared import PreparedData
+from aquila_jax.evaluation.perplexity import Evaluator
+from aquila_jax.sharding.mesh import BATCH_AXES, batch_sharding, make_mesh
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+  """What the stages of a run share."""
+
+  experiment: ExperimentConfig
+  data: PreparedData
+  mesh: Mesh
+  say: Say  # a line to the person at the terminal
+
+  def stage_seed(self, name: str) -> int:
+    """Of a stage's initialisation or growth; no two stages share one."""
+    return zlib.crc32(f"{self.experiment.seed}/{name}".encode()) >> 1
+
+  def evaluator(
+    self,
+    model: ModelConfig,
+    *,
+    split: Literal["validation", "test"],
+    sequence_length: int,
+    max_tokens: int,
+  ) -> Evaluator:
+    """An evaluator whose batches are spread over the mesh."""
+    parts = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+    wanted = self.experiment.evaluation.batch_size
+    return Evaluator(
+      model,
+      data=self.data,
+      split=split,
+      batch_size=-(-wanted // parts) * parts,
+      sequence_length=sequence_length,
+      max_tokens=max_tokens,
+      sharding=batch_sharding(self.mesh),
+    )
+
+
+def make_context(
+  experiment: ExperimentConfig, workdir: epath.Path, *, say: Say
+) -> Context:
+  """Makes the mesh, and prepares the data where that is not done.
+
+  Args:
+    experiment: the whole config.
+    workdir: made if missing; takes the data where the config names none.
+    say: see Context.
+
+  Returns:
+    The context.
+
+  Raises:
+    errors.UserError: where the mesh does not fit, the workdir cannot be made,
+      or the data cannot be prepared.
+  """
+  mesh = make_mesh(experiment.mesh)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise errors.UserError(
+      f"--workdir={str(workdir)!r}: cannot be made: {error.strerror}"
+    ) from error
+  data = open_data(experiment.data, workdir, say=say)
+  return Context(experiment=experiment, data=data, mesh=mesh, say=say)
+
+
+def open_data(
+  config: DataConfig, workdir: epath.Path, *, say: Say
+) -> PreparedData:
+  """The prepared data of a config: `prepared`, or WORKDIR/data.
+
+  Raises:
+    errors.UserError: where there are none and none can be made.
+  """
+  if config.prepared:
+    return PreparedData.open(config.prepared, what="config.data.prepared")
+  if "://" in os.fspath(workdir):
+    raise errors.UserError(
+      f"--workdir={str(workdir)!r}: data are prepared on a local disk; run"
+      " prepare_data and give config.data.prepared"
+    )
+  target = workdir / "data"
+  prepare(config, target, progress=say)
+  return PreparedData.open(target, what="data")
+
+
+def say_on_stderr(text: str) -> None:
+  """`Say` for the commands."""
+  print(text, file=sys.stderr, flush=True)

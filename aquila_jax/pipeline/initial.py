@@ -1,0 +1,166 @@
+"""Where the weights of a stage come from: scratch, a MODEL, or a growth."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+
+import jax
+
+from aquila_jax.core import errors
+from aquila_jax.core.experiment_config import (
+  GrowthMethod,
+  Load,
+  ScaleOut,
+  ScaleUp,
+  Scratch,
+  StageConfig,
+)
+from aquila_jax.core.lineage import Event, Lineage
+from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.core.model_dir import StoredModel, load_model
+from aquila_jax.growth.scale_out import scale_out
+from aquila_jax.growth.scale_up import scale_up
+from aquila_jax.models import decoder_lm
+from aquila_jax.pipeline.budget import source_of
+from aquila_jax.pipeline.context import Context
+
+# What a MODEL may be trained with other than it was made with.
+_FREE = ("context_length", "init_std", "remat", "param_dtype", "compute_dtype")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+  """The start of a stage: its weights and, where it has one, its source."""
+
+  context: Context
+  name: str
+  stage: StageConfig
+  # Of a stage of this experiment or a path, to where its MODEL lies.
+  locate: Callable[[str], str]
+
+  @property
+  def path(self) -> str:
+    return f"config.stages.{self.name}"
+
+  @functools.cached_property
+  def source(self) -> StoredModel | None:
+    """The MODEL that the stage starts from; None from scratch.
+
+    Raises:
+      errors.UserError: where there is none, or its tokenizer is not the data's.
+    """
+    given = source_of(self.stage)
+    if not given:
+      return None
+    field = "path" if isinstance(self.stage.init, Load) else "source"
+    what = f"{self.path}.init.{field}"
+    stored = load_model(
+      self.locate(given), like=decoder_lm.abstract_params, what=what
+    )
+    if json.loads(stored.tokenizer) != json.loads(
+      self.context.data.tokenizer_text
+    ):
+      raise errors.UserError(
+        f"{what}={given!r}: its tokenizer is not the data's; give"
+        f" config.data.tokenizer.path='{self.locate(given)}/tokenizer.json' and"
+        " prepare the data with it"
+      )
+    return stored
+
+  def model(self, method: GrowthMethod | None = None) -> StoredModel:
+    """The stage's model before its training.
+
+    Args:
+      method: of Scale-Up, in place of the config's; without moments.
+
+    Returns:
+      The model; its lineage has one more event than its source's.
+    """
+    init, target = self.stage.init, self.stage.model
+    check_vocabulary(target, self.context, path=f"{self.path}.model")
+    seed = self.context.stage_seed(self.name)
+    if isinstance(init, Scratch):
+      return self._scratch(seed)
+    assert self.source is not None
+    model_path = f"{self.path}.model"
+    if isinstance(init, Load):
+      return load(self.source, target, path=model_path)
+    if isinstance(init, ScaleOut):
+      return scale_out(
+        self.source, target, init, seed=seed, name=self.name, path=model_path
+      )
+    return scale_up(
+      self.source,
+      target,
+      init if method is None else with_method(init, method),
+      seed=seed,
+      name=self.name,
+      path=model_path,
+    )
+
+  def _scratch(self, seed: int) -> StoredModel:
+    initialise = functools.partial(decoder_lm.init_params, self.stage.model)
+    event = Event(kind="scratch", name=self.name, options={"seed": seed})
+    return StoredModel(
+      config=self.stage.model,
+      lineage=Lineage(events=(event,)),
+      params=jax.jit(initialise)(key=jax.random.key(seed)),
+      tokenizer=self.context.data.tokenizer_text,
+    )
+
+
+def with_method(init: ScaleUp, method: GrowthMethod) -> ScaleUp:
+  """The same growth by another method, to look at its loss."""
+  depth = "interpolate" if method == "aki_pro" else init.depth
+  return dataclasses.replace(
+    init, method=method, depth=depth, optimizer="reset"
+  )
+
+
+def check_same_architecture(
+  source: ModelConfig, target: ModelConfig, *, path: str
+) -> None:
+  """Refuses to load a MODEL of another architecture.
+
+  Raises:
+    errors.UserError: naming the field and both values.
+  """
+  for field in dataclasses.fields(ModelConfig):
+    wanted, found = getattr(target, field.name), getattr(source, field.name)
+    if field.name not in _FREE and wanted != found:
+      raise errors.UserError(
+        f"{path}.{field.name}={wanted!r}: the MODEL has {found!r}; a stage that"
+        " loads a MODEL takes it as it is"
+      )
+
+
+def load(source: StoredModel, target: ModelConfig, *, path: str) -> StoredModel:
+  """A MODEL as it is, in the target's dtypes.
+
+  Raises:
+    errors.UserError: as `check_same_architecture`.
+  """
+  check_same_architecture(source.config, target, path=path)
+  params = jax.tree.map(
+    lambda leaf, declared: leaf.astype(declared.dtype),
+    source.params,
+    decoder_lm.abstract_params(target),
+  )
+  return dataclasses.replace(source, config=target, params=params)
+
+
+def check_vocabulary(target: ModelConfig, context: Context, *, path: str):
+  """Refuses a model whose table is smaller than the tokenizer.
+
+  Raises:
+    errors.UserError: naming the field and the least size.
+  """
+  needed = context.data.vocab_size
+  if target.vocab_size < needed:
+    raise errors.UserError(
+      f"{path}.vocab_size={target.vocab_size}: expected at least {needed}, the"
+      " tokens of the data's tokenizer"
+    )

@@ -1,0 +1,138 @@
+"""Everything that can be refused before the first step of the first stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tokenizers import Tokenizer
+
+from aquila_jax.core import errors
+from aquila_jax.core.experiment_config import (
+  ExperimentConfig,
+  ScaleOut,
+  ScaleUp,
+  StageConfig,
+)
+from aquila_jax.core.lineage import Lineage
+from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.core.model_dir import read_header
+from aquila_jax.generation.generate import encode_prompts
+from aquila_jax.growth import scale_out, scale_up
+from aquila_jax.models import decoder_lm
+from aquila_jax.pipeline import budget, initial
+from aquila_jax.pipeline.context import Context
+from aquila_jax.sharding.rules import param_shardings
+from aquila_jax.training import inputs, step
+from aquila_jax.training.freezing import NewIndices, trainable_masks
+from aquila_jax.training.optimizers import learning_rate
+
+
+def check_pipeline(context: Context, locate: Callable[[str], str]) -> None:
+  """Checks every stage of the pipeline against what comes before it.
+
+  Args:
+    context: config, data and mesh.
+    locate: from the path of a MODEL, as the config has it, to the directory.
+
+  Raises:
+    errors.UserError: on the first thing that would stop a stage later; it names
+      the field.
+  """
+  experiment = context.experiment
+  for i, name in enumerate(experiment.pipeline):
+    source = budget.source_of(experiment.stages[name])
+    if source in experiment.stages and source not in experiment.pipeline[:i]:
+      raise errors.UserError(
+        f"config.stages.{name}.init.source={source!r}: expected a stage that"
+        f" stands before it in pipeline={experiment.pipeline}"
+      )
+    check_stage(context, name, locate=locate)
+
+
+def check_stage(
+  context: Context, name: str, *, locate: Callable[[str], str]
+) -> None:
+  """Checks one stage: start, vocabulary, mesh, schedule, prompts.
+
+  Raises:
+    errors.UserError: as `check_pipeline`.
+  """
+  experiment = context.experiment
+  stage, path = experiment.stages[name], f"config.stages.{name}"
+  initial.check_vocabulary(stage.model, context, path=f"{path}.model")
+  new_indices = _check_start(experiment, name, locate=locate)
+  axes = decoder_lm.parameter_axes(stage.model)
+  shapes = decoder_lm.abstract_params(stage.model)
+  param_shardings(axes, shapes, context.mesh)
+  inputs.check_batch_divides(
+    stage.train,
+    like=step.abstract_batch(stage.train, mesh=context.mesh),
+    path=f"{path}.train",
+  )
+  learning_rate(
+    stage.train.optimizer,
+    budget.total_steps(experiment, name),
+    path=f"{path}.train.optimizer",
+  )
+  trainable_masks(
+    stage.train.freeze,
+    axes=axes,
+    shapes=shapes,
+    new_indices=new_indices,
+    path=f"{path}.train.freeze",
+  )
+  encode_prompts(
+    experiment.evaluation.prompts,
+    tokenizer=Tokenizer.from_str(context.data.tokenizer_text),
+    context_length=stage.model.context_length,
+  )
+
+
+def _check_start(
+  experiment: ExperimentConfig, name: str, *, locate: Callable[[str], str]
+) -> NewIndices | None:
+  """Checks a stage against its source; what its growth will add."""
+  stage = experiment.stages[name]
+  source = budget.source_of(stage)
+  if not source:
+    return None
+  config, lineage = _source(experiment, name, source, locate=locate)
+  init, path = stage.init, f"config.stages.{name}.model"
+  if isinstance(init, ScaleOut):
+    scale_out.check_pair(config, stage.model, path=path)
+    return _inherited(experiment, source, lineage)
+  if isinstance(init, ScaleUp):
+    for method in init.compare:
+      if method != init.method:
+        options = initial.with_method(init, method)
+        scale_up.check_pair(config, stage.model, options, path=path)
+    return scale_up.new_indices(config, stage.model, init, path=path)
+  initial.check_same_architecture(config, stage.model, path=path)
+  return lineage.new_indices
+
+
+def _source(
+  experiment: ExperimentConfig,
+  name: str,
+  source: str,
+  *,
+  locate: Callable[[str], str],
+) -> tuple[ModelConfig, Lineage]:
+  """Architecture and lineage of a source that may not be trained yet."""
+  if source in experiment.stages:
+    return experiment.stages[source].model, Lineage()
+  return read_header(locate(source), what=f"config.stages.{name}.init.source")
+
+
+def _inherited(
+  experiment: ExperimentConfig, source: str, lineage: Lineage
+) -> NewIndices | None:
+  """What the last Scale-Up among the ancestors added."""
+  stage: StageConfig | None = experiment.stages.get(source)
+  while stage is not None:
+    before = budget.source_of(stage)
+    parent = experiment.stages.get(before)
+    if isinstance(stage.init, ScaleUp) and parent is not None:
+      return scale_up.new_indices(parent.model, stage.model, stage.init)
+    stage = parent
+  return lineage.new_indices

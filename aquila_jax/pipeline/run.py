@@ -1,0 +1,91 @@
+"""EfficientScale as a list: every stage in order, then the report.
+
+WORKDIR/
+  config.json      the resolved config
+  data/            prepared text, unless the config names some
+  stages/NAME/     what stage.py says
+  report.html, summary.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from etils import epath
+
+from aquila_jax.core.experiment_config import ExperimentConfig
+from aquila_jax.evaluation.results import ReportInput
+from aquila_jax.pipeline import records
+from aquila_jax.pipeline.context import Context, Say, make_context
+from aquila_jax.pipeline.evaluate import evaluate_stage
+from aquila_jax.pipeline.initial import Start
+from aquila_jax.pipeline.preflight import check_pipeline
+from aquila_jax.pipeline.reporting import make_report
+from aquila_jax.pipeline.stage import is_done, run_stage
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finished:
+  """A pipeline that has run to its end."""
+
+  report: ReportInput
+  report_path: epath.Path
+  did_nothing: bool  # all of it had been done before
+
+
+def run_pipeline(
+  experiment: ExperimentConfig, workdir: epath.Path, *, say: Say
+) -> Finished:
+  """Runs what is left to do of a pipeline.
+
+  Args:
+    experiment: data, stages and their order.
+    workdir: of the experiment; made if missing.
+    say: takes a line for the person at the terminal.
+
+  Returns:
+    The report.
+
+  Raises:
+    errors.UserError: on a config that does not fit, found before the first
+      step wherever it can be.
+    errors.TrainingStopped: on a loss that is not finite.
+    Interrupted: after SIGTERM or SIGINT, when the step is saved.
+  """
+  context = make_context(experiment, workdir, say=say)
+  directories = {
+    name: workdir / "stages" / name for name in experiment.pipeline
+  }
+
+  def locate(source: str) -> str:
+    if source in directories:
+      return str(directories[source] / "model")
+    return source
+
+  did_nothing = all(map(is_done, directories.values()))
+  if not did_nothing:
+    check_pipeline(context, locate)
+  records.write(workdir / "config.json", records.plain(experiment))
+  for number, (name, directory) in enumerate(directories.items(), start=1):
+    if not is_done(directory):
+      say(f"stage {number} of {len(directories)}: {name}")
+    _run_stage(context, name, directory, locate)
+  report, path = make_report(context, workdir, directories)
+  return Finished(report=report, report_path=path, did_nothing=did_nothing)
+
+
+def _run_stage(
+  context: Context,
+  name: str,
+  directory: epath.Path,
+  locate: Callable[[str], str],
+) -> None:
+  start = Start(
+    context=context,
+    name=name,
+    stage=context.experiment.stages[name],
+    locate=locate,
+  )
+  run_stage(start, directory)
+  evaluate_stage(context, name, directory)

@@ -1,0 +1,284 @@
+"""One stage: its start, its training, its MODEL, its evaluation.
+
+  STAGE/
+    stage.json        config, lineage at the start, losses around the transform
+    checkpoints/      of the training, with metrics.jsonl, validation.jsonl and
+                      tensorboard/ beside
+    result.json       steps, tokens, FLOPs and seconds
+    model/            the MODEL; written last, so that it marks the stage done
+    evaluation.json   scores and samples
+
+Every file is whole or not there, and a stage that is started again goes on
+after the last of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from aquila_jax.core import config as config_lib
+from aquila_jax.core.lineage import Event, Lineage
+from aquila_jax.core.model_dir import StoredModel, save_model
+from aquila_jax.core.moments import get_moments
+from aquila_jax.data.loader import DataState
+from aquila_jax.evaluation import formats
+from aquila_jax.evaluation.perplexity import Evaluator
+from aquila_jax.evaluation.results import METHOD_NAMES
+from aquila_jax.models import decoder_lm
+from aquila_jax.pipeline import budget, records
+from aquila_jax.pipeline.context import Context
+from aquila_jax.pipeline.initial import Start
+from aquila_jax.planning import counting
+from aquila_jax.training.checkpointing import check_same, saved_config
+from aquila_jax.training.inputs import prepared_input
+from aquila_jax.training.loop import TrainJob, TrainResult, train
+from aquila_jax.training.state import InitialModel
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opening:
+  """How a stage started: what stage.json says."""
+
+  config: dict[str, Any]  # of `_identity`
+  total_steps: int
+  lineage: list[dict[str, Any]]  # before the training
+  # Validation losses: of the source, and right after each method.
+  transform_losses: dict[str, float]
+
+
+def run_stage(
+  start: Start,
+  directory: epath.Path,
+  *,
+  profile_steps: tuple[int, int] | None = None,
+  save_optimizer: bool = True,
+) -> None:
+  """Trains a stage to its end, from wherever its directory stands.
+
+  Args:
+    start: where the weights come from.
+    directory: of the stage.
+    profile_steps: first and last step to profile, or None.
+    save_optimizer: whether the MODEL gets the optimizer state.
+
+  Raises:
+    errors.UserError: on a config that does not fit, or that the directory was
+      not made with.
+    errors.TrainingStopped: on a loss that is not finite.
+    Interrupted: after SIGTERM or SIGINT, when the step is saved.
+  """
+  context, name = start.context, start.name
+  found = records.read(directory / "stage.json")
+  if found is not None:
+    check_same(
+      found["config"],
+      _identity(start),
+      what=directory / "stage.json",
+      path=start.path,
+    )
+  if is_done(directory):
+    context.say(f"{name}: done")
+    return
+  evaluator = context.evaluator(
+    start.stage.model,
+    split="validation",
+    sequence_length=start.stage.train.sequence_length,
+    max_tokens=start.stage.train.evaluate_tokens,
+  )
+  initial = functools.cache(start.model)  # grown once, if at all
+  if found is None:
+    opening = _open(start, initial(), evaluator)
+    records.write(directory / "stage.json", dataclasses.asdict(opening))
+  else:
+    opening = Opening(**found)
+  job = _job(start, opening, directory, evaluator=evaluator)
+  job = dataclasses.replace(
+    job,
+    initial=lambda: _initial_model(initial()),
+    profile_steps=profile_steps,
+  )
+  result = train(job)
+  _finish(start, opening, result, directory, save_optimizer=save_optimizer)
+
+
+def is_done(directory: epath.Path) -> bool:
+  """Whether the stage has left its MODEL."""
+  return (directory / "model" / "config.json").exists()
+
+
+def _identity(start: Start) -> dict[str, Any]:
+  """What must not change between two starts of a stage, as plain JSON."""
+  context = start.context
+  others = {
+    "init": config_lib.to_dict(start.stage.init),
+    "seed": context.stage_seed(start.name),
+    "data": context.data.digest,
+    "data_seed": context.experiment.data.seed,
+  }
+  return records.plain(
+    saved_config(
+      model=start.stage.model, train=start.stage.train, others=others
+    )
+  )
+
+
+def _open(start: Start, model: StoredModel, evaluator: Evaluator) -> Opening:
+  """Measures the transform, and says what the stage starts with."""
+  losses = _transform_losses(start, model, evaluator)
+  steps = budget.total_steps(start.context.experiment, start.name)
+  for line in _announcement(start, model, losses, steps):
+    start.context.say(f"{start.name}: {line}")
+  return Opening(
+    config=_identity(start),
+    total_steps=steps,
+    lineage=records.plain(model.lineage.to_json()),
+    transform_losses=losses,
+  )
+
+
+def _transform_losses(
+  start: Start, model: StoredModel, evaluator: Evaluator
+) -> dict[str, float]:
+  """Validation loss of the source, and right after each method."""
+  source, init = start.source, start.stage.init
+  method = getattr(init, "method", "")
+  if source is None or not method:
+    return {}
+  of_source = start.context.evaluator(
+    source.config,
+    split="validation",
+    sequence_length=start.stage.train.sequence_length,
+    max_tokens=start.stage.train.evaluate_tokens,
+  )
+  losses = {"source": of_source(source.params)["loss"]}
+  for other in getattr(init, "compare", ()):
+    if other != method:
+      losses[other] = evaluator(start.model(other).params)["loss"]
+  losses[method] = evaluator(model.params)["loss"]
+  return losses
+
+
+def _announcement(
+  start: Start, model: StoredModel, losses: dict[str, float], steps: int
+) -> list[str]:
+  stage, source = start.stage, start.source
+  size = counting.in_words(counting.count(model.config).total.parameters)
+  tokens = counting.in_words(steps * stage.train.tokens_per_step)
+  lines = [f"{size} parameters, {steps:,} steps, {tokens} tokens"]
+  if source is not None:
+    before = counting.in_words(counting.count(source.config).total.parameters)
+    lines[0] = f"{before} to {lines[0]}"
+    moments = "Adam starts afresh"
+    if model.moments is not None:
+      moments = (
+        "the optimizer state goes on from step"
+        f" {int(np.asarray(model.moments.count)):,}"
+      )
+    lines.append(moments)
+  if losses:
+    shown = ", ".join(
+      f"{METHOD_NAMES.get(method, method)} {formats.loss(loss)}"
+      for method, loss in losses.items()
+    )
+    lines.append(f"validation loss around the transform: {shown}")
+  return lines
+
+
+def _initial_model(model: StoredModel) -> InitialModel:
+  return InitialModel(params=model.params, moments=model.moments, ema=model.ema)
+
+
+def _job(
+  start: Start,
+  opening: Opening,
+  directory: epath.Path,
+  *,
+  evaluator: Evaluator,
+) -> TrainJob:
+  context, stage = start.context, start.stage
+  lineage = Lineage.from_json(opening.lineage)
+  seed = context.experiment.data.seed
+  return TrainJob(
+    stage=start.name,
+    model=stage.model,
+    train=stage.train,
+    total_steps=opening.total_steps,
+    mesh=context.mesh,
+    workdir=directory,
+    input=prepared_input(context.data, train=stage.train, seed=seed),
+    data_state=_data_state(context, lineage, name=start.name),
+    initial=lambda: _initial_model(start.model()),
+    flops_per_token=counting.train_flops_per_token(
+      stage.model, stage.train.sequence_length
+    ),
+    new_indices=lineage.new_indices,
+    identity={
+      key: opening.config[key] for key in ("init", "seed", "data", "data_seed")
+    },
+    evaluate=lambda params, step: evaluator(params),
+    config_path=start.path,
+  )
+
+
+def _data_state(context: Context, lineage: Lineage, *, name: str) -> DataState:
+  """Where the model's last training left these data, or their beginning."""
+  state = lineage.data_state
+  if state is None:
+    return DataState.start(context.data)
+  if (state["digest"], state["seed"]) == _data_identity(context):
+    return DataState.from_json(state)
+  context.say(
+    f"{name}: the model was trained on other data; these are read from their"
+    " beginning"
+  )
+  return DataState.start(context.data)
+
+
+def _data_identity(context: Context) -> tuple[str, int]:
+  return context.data.digest, context.experiment.data.seed
+
+
+def _finish(
+  start: Start,
+  opening: Opening,
+  result: TrainResult,
+  directory: epath.Path,
+  *,
+  save_optimizer: bool,
+) -> None:
+  """Writes the result, and then the MODEL."""
+  stage = start.stage
+  numbers = {
+    "steps": result.steps,
+    "tokens": result.tokens,
+    "flops": result.flops,
+    "wall_s": result.wall_s,
+  }
+  records.write(directory / "result.json", numbers)
+  digest, seed = _data_identity(start.context)
+  event = Event(
+    kind="train",
+    name=start.name,
+    options=records.plain(stage.train),
+    steps=result.steps,
+    tokens=result.tokens,
+    flops=result.flops,
+    data_state=result.data_state.to_json() | {"digest": digest, "seed": seed},
+  )
+  state = result.state
+  stored = StoredModel(
+    config=stage.model,
+    lineage=Lineage.from_json(opening.lineage).then(event),
+    params=state.params,
+    tokenizer=start.context.data.tokenizer_text,
+    moments=get_moments(state.opt_state) if save_optimizer else None,
+    ema=state.ema,
+  )
+  axes = decoder_lm.parameter_axes(stage.model)
+  save_model(directory / "model", stored, axes=axes)
+  start.context.say(f"{start.name}: wrote {directory / 'model'}")
