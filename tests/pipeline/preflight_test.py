@@ -1,0 +1,81 @@
+"""What would stop a later stage is refused before the first."""
+
+from __future__ import annotations
+
+import pytest
+
+from aquila_jax.core import errors
+from aquila_jax.pipeline.preflight import check_pipeline
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (
+      dict(pipeline=("scale_up", "dense", "scale_out", "control")),
+      "config.stages.scale_up.init.source='dense': expected a stage that stands"
+      " before it in pipeline=('scale_up', 'dense', 'scale_out', 'control')",
+    ),
+    (
+      dict(stages__scale_up__model__embed_dim=8),
+      "config.stages.scale_up.model.embed_dim=8: expected at least 16; Scale-Up"
+      " does not shrink",
+    ),
+    (
+      dict(stages__scale_out__model__mlp_dim=32),
+      "config.stages.scale_out.model.mlp_dim=32: expected the source's 24;"
+      " Scale-Out copies FFNs as they are, Scale-Up changes sizes",
+    ),
+    (
+      dict(stages__dense__model__vocab_size=256),
+      "config.stages.dense.model.vocab_size=256: expected at least 300, the"
+      " tokens of the data's tokenizer",
+    ),
+    (
+      dict(stages__scale_out__train__batch_size=12),
+      "config.stages.scale_out.train.batch_size=12: expected a multiple of 8, 1"
+      " microbatches spread over 8 devices; the nearest is 16",
+    ),
+    (
+      dict(stages__scale_out__train__optimizer__warmup_steps=9),
+      "config.stages.scale_out.train.optimizer.warmup_steps=9: expected at most"
+      " the steps of the stage, 4",
+    ),
+    (
+      dict(stages__control__train__freeze__new_only=True),
+      "config.stages.control.train.freeze.new_only=True: expected a model that"
+      " was grown; its lineage has no scale_up",
+    ),
+    (
+      dict(evaluation__prompts=("the " * 60,)),
+      f"prompt='{'the ' * 9}t...': has 62 tokens; expected fewer than the"
+      " model's context_length=32",
+    ),
+    (
+      dict(
+        stages__scale_up__model__num_kv_heads=2,
+        stages__scale_up__init__method="fpi",
+        stages__scale_up__init__compare=("aki_pro",),
+      ),
+      "config.stages.scale_up.model.num_kv_heads=2: expected the source's 1;"
+      " method='aki_pro' keeps the key/value groups and grows query heads"
+      " inside them, method='aki' or 'fpi' can add groups",
+    ),
+    (
+      dict(stages__scale_up__init__source="nowhere"),
+      "config.stages.scale_up.init.source='nowhere': there is no such"
+      " directory",
+    ),
+  ],
+)
+def test_refused_by_name(kit, tmp_path, changes, message):
+  context = kit.context(tmp_path, **changes)
+  with pytest.raises(errors.UserError) as caught:
+    check_pipeline(context, str)
+  assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("stage", ["scale_up", "scale_out"])
+def test_new_only_is_accepted_where_an_ancestor_was_grown(kit, tmp_path, stage):
+  changes = {f"stages__{stage}__train__freeze__new_only": True}
+  check_pipeline(kit.context(tmp_path, **changes), str)

@@ -1,0 +1,156 @@
+"""One stage by itself: from a MODEL, with parts frozen, without moments."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+from etils import epath
+
+from aquila_jax.core import errors
+from aquila_jax.core.experiment_config import Load
+from aquila_jax.core.model_dir import load_model
+from aquila_jax.models import decoder_lm
+from aquila_jax.pipeline.context import Context
+from aquila_jax.pipeline.initial import Start
+from aquila_jax.pipeline.stage import run_stage
+from tests.growth.tiny import arrays
+
+
+def _start(context: Context, name: str, source: str) -> Start:
+  """A stage that loads a MODEL."""
+  stage = dataclasses.replace(
+    context.experiment.stages[name], init=Load(path=source)
+  )
+  return Start(context=context, name=name, stage=stage, locate=str)
+
+
+def _load(path: pathlib.Path):
+  return load_model(path, like=decoder_lm.abstract_params)
+
+
+def test_a_model_is_gone_on_with_where_its_training_ended(kit, whole, tmp_path):
+  source = whole.workdir / "stages/dense/model"
+  messages: list[str] = []
+  context = kit.context(tmp_path / "data", messages)
+  folder = epath.Path(tmp_path / "run")
+  run_stage(_start(context, "dense", str(source)), folder)
+  before, after = _load(source), _load(tmp_path / "run/model")
+  assert before.moments is not None and after.moments is not None
+  assert int(before.moments.count) == 4
+  assert int(after.moments.count) == 8
+  assert "dense: the optimizer state goes on from step 4" in messages, messages
+  kinds = [event.kind for event in after.lineage.events]
+  assert kinds == ["scratch", "train", "train"]
+  assert before.lineage.data_state is not None
+  assert after.lineage.data_state is not None
+  assert before.lineage.data_state["rows"] == 4 * 8
+  assert after.lineage.data_state["rows"] == 8 * 8
+
+
+def test_other_data_are_read_from_their_beginning(kit, whole, tmp_path):
+  source = whole.workdir / "stages/dense/model"
+  messages: list[str] = []
+  # Another seed is another order of the same text.
+  context = kit.context(tmp_path / "data", messages, data__seed=1)
+  run_stage(_start(context, "dense", str(source)), epath.Path(tmp_path / "run"))
+  assert (
+    "dense: the model was trained on other data; these are read from their"
+    " beginning"
+  ) in messages
+  state = _load(tmp_path / "run/model").lineage.data_state
+  assert state is not None
+  assert (state["rows"], state["seed"]) == (4 * 8, 1)
+
+
+def test_the_optimizer_state_can_be_left_out(kit, tmp_path):
+  context = kit.context(tmp_path / "data")
+  start = Start(
+    context=context,
+    name="dense",
+    stage=context.experiment.stages["dense"],
+    locate=str,
+  )
+  run_stage(start, epath.Path(tmp_path / "run"), save_optimizer=False)
+  assert _load(tmp_path / "run/model").moments is None
+  assert not (tmp_path / "run/model/optimizer").exists()
+
+
+def test_another_architecture_is_refused(kit, whole, tmp_path):
+  source = whole.workdir / "stages/scale_up/model"
+  context = kit.context(tmp_path / "data")
+  with pytest.raises(errors.UserError) as caught:
+    run_stage(
+      _start(context, "dense", str(source)), epath.Path(tmp_path / "run")
+    )
+  assert str(caught.value) == (
+    "config.stages.dense.model.num_layers=2: the MODEL has 3; a stage that"
+    " loads a MODEL takes it as it is"
+  )
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_another_tokenizer_is_refused(kit, whole, tmp_path):
+  source = str(whole.workdir / "stages/dense/model")
+  context = kit.context(tmp_path / "data", data__prepared=kit.other_prepared)
+  with pytest.raises(errors.UserError) as caught:
+    run_stage(_start(context, "dense", source), epath.Path(tmp_path / "run"))
+  assert str(caught.value) == (
+    f"config.stages.dense.init.path={source!r}: its tokenizer is not the"
+    f" data's; give config.data.tokenizer.path='{source}/tokenizer.json' and"
+    " prepare the data with it"
+  )
+
+
+def test_new_only_trains_what_scale_up_added_and_nothing_else(
+  kit, whole, tmp_path
+):
+  changes = dict(
+    stages__scale_up__train__freeze__new_only=True,
+    stages__scale_up__init__compare=(),
+    # Decoupled decay would be masked too, but shows in the moments' place.
+    stages__scale_up__train__evaluate_every=0,
+  )
+  context = kit.context(tmp_path / "data", **changes)
+
+  def locate(source: str) -> str:
+    return str(whole.workdir / "stages" / source / "model")
+
+  start = Start(
+    context=context,
+    name="scale_up",
+    stage=context.experiment.stages["scale_up"],
+    locate=locate,
+  )
+  run_stage(start, epath.Path(tmp_path / "run"))
+  before = arrays(start.model().params)
+  after = arrays(_load(tmp_path / "run/model").params)
+  changed = {name: before[name] != after[name] for name in before}
+  # D 16 -> 32 (new from 16 on), layers 0 0 1 (layer 1 is new), G 2 -> 4.
+  table = changed["embedding/table"]
+  assert not table[:, :16].any() and table[:, 16:].any()
+  gate = changed["layers/mlp/gate_kernel"]  # [L, D, F]
+  assert not gate[[0, 2], :16].any()
+  assert gate[1].all(axis=1).any() and gate[[0, 2], 16:].any()
+  query = changed["layers/attention/query_kernel"]  # [L, D, K, G, H]
+  assert not query[[0, 2], :16, :, :2].any()
+  assert query[0, :16, :, 2:].any()
+
+
+def test_what_is_measured_of_a_start_does_not_depend_on_the_order(kit, whole):
+  """Two starts of a stage make the same weights; two stages do not."""
+  context = kit.context(whole.workdir)
+
+  def table(name: str) -> np.ndarray:
+    start = Start(
+      context=context,
+      name=name,
+      stage=context.experiment.stages["dense"],
+      locate=str,
+    )
+    return np.asarray(start.model().params["embedding"]["table"])
+
+  assert np.array_equal(table("dense"), table("dense"))
+  assert not np.array_equal(table("dense"), table("other"))
