@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
           init=dict(
             kind="scale_up",
             # A MODEL directory, as aquila_7b.py leaves it.
-            source="runs/aquila_7b/model",
+            source="runs/aquila_7b/stages/aquila_7b/model",
             method="aki_pro",
             # Target layer l comes from source layer floor(l * 32 / 40); the
             # paper's formula is misprinted.

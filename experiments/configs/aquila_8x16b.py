@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
           init=dict(
             kind="scale_out",
             # A MODEL directory, as aquila_16b.py leaves it.
-            source="runs/aquila_16b/model",
+            source="runs/aquila_16b/stages/aquila_16b/model",
             method="sparse_upcycling",
           ),
           model=_model(),

@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
           init=dict(
             kind="scale_out",
             # A MODEL directory, as aquila_1_8b.py leaves it.
-            source="runs/aquila_1_8b/model",
+            source="runs/aquila_1_8b/stages/aquila_1_8b/model",
             method="sparse_upcycling",
           ),
           model=_model(),
