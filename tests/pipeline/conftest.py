@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import fcntl
+import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -126,9 +130,33 @@ class Kit:
     )
 
 
+def _shared(factory: pytest.TempPathFactory, name: str) -> pathlib.Path:
+  """A folder that all workers of pytest-xdist share."""
+  base = factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    base = base.parent
+  folder = base / name
+  folder.mkdir(exist_ok=True)
+  return folder
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: pathlib.Path) -> Iterator[None]:
+  with (folder / "lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
+
+
 @pytest.fixture(scope="session")
 def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
-  folder = tmp_path_factory.mktemp("text")
+  folder = _shared(tmp_path_factory, "pipeline_text")
+  with _one_at_a_time(folder):
+    _prepare(folder)
+  return Kit(str(folder / "data"), str(folder / "other"))
+
+
+def _prepare(folder: pathlib.Path) -> None:
+  """Writes two texts and prepares them, or finds them prepared."""
   for seed, name in enumerate(("data", "other")):
     for language, text in zip(("en", "zh"), _texts(seed), strict=True):
       (folder / f"{name}_{language}.txt").write_text(text, encoding="utf-8")
@@ -145,21 +173,19 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
       ExperimentConfig, tree("") | dict(data=config)
     )
     prepare(experiment.data, folder / name, progress=lambda _: None)
-  return Kit(str(folder / "data"), str(folder / "other"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A pipeline that was run without a stop."""
+  """A pipeline that was run without a stop, and its report."""
 
   workdir: pathlib.Path
-  messages: list[str]
   finished: Finished
 
 
 @pytest.fixture(scope="session")
 def whole(kit: Kit, tmp_path_factory: pytest.TempPathFactory) -> Run:
   """Run once, for all tests that only look at it."""
-  workdir = tmp_path_factory.mktemp("whole")
-  messages: list[str] = []
-  return Run(workdir, messages, kit.run(workdir, messages))
+  folder = _shared(tmp_path_factory, "pipeline_whole")
+  with _one_at_a_time(folder):
+    return Run(folder / "run", kit.run(folder / "run"))
