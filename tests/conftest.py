@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import os
+from importlib import metadata
 
-# Before jax is imported: sharding is tested on 8 simulated devices.
+# Before jax is imported. Nearly all the time of the tests is compilation of
+# programs that run for microseconds, so the compiler is told to be brief.
+# Sharding is tested on 8 simulated devices.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+  [
+    "--xla_backend_optimization_level=0",
+    # A flag that XLA does not know ends the process: a later jaxlib, which may
+    # have dropped this one, does without it and takes longer.
+    "--xla_cpu_use_fusion_emitters=false"
+    if metadata.version("jaxlib").startswith("0.10.")
+    else "",
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+  ]
 )
 # One process a core runs the tests; threads of the libraries stay out.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -21,3 +34,15 @@ jax.config.update("jax_threefry_partitionable", True)
 
 # Shapes in annotations are checked at every call while tests run.
 install_import_hook("aquila_jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+  """Programs that several tests share are compiled once a process."""
+  # Not once for all processes: jax writes entries in place, so one process
+  # could read half of what another is writing.
+  directory = tmp_path_factory.mktemp("xla")
+  jax.config.update("jax_compilation_cache_dir", str(directory))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+  yield
+  jax.config.update("jax_compilation_cache_dir", None)

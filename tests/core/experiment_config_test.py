@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ DATA = ec.DataConfig(sources={"a": ec.SourceConfig(path="a", language="en")})
 
 
 def _experiment(**fields) -> ec.ExperimentConfig:
-  defaults = dict(
+  defaults: dict[str, Any] = dict(
     name="x",
     data=DATA,
     stages={"dense": STAGE, "grown": STAGE},

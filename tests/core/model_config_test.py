@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from aquila_jax.core.model_config import ModelConfig, MoeConfig
 
 
 def _model(**fields) -> ModelConfig:
-  defaults = dict(
+  defaults: dict[str, Any] = dict(
     vocab_size=32,
     num_layers=2,
     embed_dim=8,

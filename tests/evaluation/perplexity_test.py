@@ -57,16 +57,21 @@ def data():
   return tiny.prepared(tiny.TEXTS)
 
 
-def nats_of_document(tokens: np.ndarray) -> float:
-  """-log p of every token but the first, the document alone in the model."""
-  row = jnp.asarray(tokens)[None].astype(jnp.int32)
+@jax.jit
+def _logits(params, row):
   out: Any = decoder_lm.DecoderLM(config()).apply(
-    {"params": params()},
+    {"params": params},
     row,
     positions=jnp.arange(row.shape[1])[None],
     segments=jnp.ones_like(row),
   )
-  logits = np.asarray(out.logits[0], np.float64)
+  return out.logits
+
+
+def nats_of_document(tokens: np.ndarray) -> float:
+  """-log p of every token but the first, the document alone in the model."""
+  row = np.asarray(tokens, np.int32)[None]
+  logits = np.asarray(_logits(params(), row)[0], np.float64)
   total = 0.0
   for t in range(len(tokens) - 1):
     normaliser = math.log(sum(math.exp(x) for x in logits[t]))
@@ -120,7 +125,7 @@ def test_padding_never_counts():
 
 def tiny_batch(*, weights: list[float]):
   row = np.asarray([[1, 2, 3, 4]], np.int32)
-  return perplexity.Batch(
+  arrays: dict[str, Any] = dict(
     tokens=row,
     targets=row,
     weights=np.asarray([weights], np.float32),
@@ -128,6 +133,7 @@ def tiny_batch(*, weights: list[float]):
     positions=np.arange(4, dtype=np.int32)[None],
     languages=np.zeros_like(row),
   )
+  return perplexity.Batch(**arrays)
 
 
 def test_an_evaluator_compiles_once_and_gives_a_validation_row(data):

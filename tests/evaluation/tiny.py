@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ TEXTS = {
 }
 
 
-def prepared(texts: dict[str, Sequence[str]]) -> PreparedData:
+def prepared(texts: Mapping[str, Sequence[str]]) -> PreparedData:
   """The texts of each language as its test split, one source a language."""
   tokenizer = Tokenizer.train(
     [text for documents in TEXTS.values() for text in documents],

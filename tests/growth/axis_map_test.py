@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +31,8 @@ def test_new_indices_are_all_but_the_first_copies():
 
 def test_random_map_keeps_the_source_and_draws_the_rest_by_seed_and_name():
   def drawn(**fields):
-    return axis_map.random(20, 60, **(dict(name="mlp", seed=1) | fields))
+    defaults: dict[str, Any] = dict(name="mlp", seed=1)
+    return axis_map.random(20, 60, **(defaults | fields))
 
   g = drawn()
   assert g.source[:20].tolist() == list(range(20))

@@ -158,6 +158,7 @@ def test_the_average_is_upcycled_too():
   source = dataclasses.replace(source, ema=tiny.params(tiny.SOURCE, seed=9))
   grown = scale_out(source, _mixture(_moe()), OPTIONS)
   other = tiny.params(tiny.SOURCE, seed=9)["layers"]["mlp"]["up_kernel"]
+  assert grown.ema is not None
   assert np.array_equal(grown.ema["layers"]["mlp"]["up_kernel"][:, 2], other)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,8 @@ EXACT = 1e-13
 
 
 def _options(**fields) -> ScaleUp:
-  return ScaleUp(**(dict(source="dense", method="fpi") | fields))
+  defaults: dict[str, Any] = dict(source="dense", method="fpi")
+  return ScaleUp(**(defaults | fields))
 
 
 def _difference(

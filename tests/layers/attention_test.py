@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from aquila_jax.layers.attention import Attention, KVCache
 
 
 def _config(**fields) -> ModelConfig:
-  defaults = dict(
+  defaults: dict[str, Any] = dict(
     vocab_size=8,
     num_layers=1,
     embed_dim=6,
@@ -125,7 +126,7 @@ def _layer(**fields):
   return config, params, declared["params"], x
 
 
-def _run(config, params, x, *, segments, positions, cache=None):
+def _run(config, params, x, *, segments, positions, cache=None) -> Any:
   return Attention(config).apply(
     {"params": params},
     x,

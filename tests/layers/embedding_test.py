@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ TOKENS = jnp.asarray([[0, 6, 3]])
 
 
 def test_tokens_are_rows_of_the_table_in_the_compute_dtype():
-  out = Embedding(CONFIG).apply({"params": {"table": TABLE}}, TOKENS)
+  out: Any = Embedding(CONFIG).apply({"params": {"table": TABLE}}, TOKENS)
   assert out.dtype == jnp.bfloat16
   rows = [TABLE[0], TABLE[6], TABLE[3]]
   np.testing.assert_array_equal(
@@ -37,10 +38,10 @@ def test_tokens_are_rows_of_the_table_in_the_compute_dtype():
 def test_tied_head_is_the_table_transposed():
   config = dataclasses.replace(CONFIG, compute_dtype="float32")
   x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 4)), jnp.float32)
-  tied = Embedding(config).apply(
+  tied: Any = Embedding(config).apply(
     {"params": {"table": TABLE}}, x, method=Embedding.attend
   )
-  untied = LMHead(config).apply({"params": {"kernel": TABLE.T}}, x)
+  untied: Any = LMHead(config).apply({"params": {"kernel": TABLE.T}}, x)
   expected = np.asarray(x, np.float64) @ np.asarray(TABLE.T, np.float64)
   # Sums of 4 products: 4 roundings of numbers below 8.
   for logits in (tied, untied):
@@ -51,7 +52,7 @@ def test_logits_of_half_precision_are_float32():
   x = jnp.ones((1, 1, 4), jnp.bfloat16)
   # Near 4 bfloat16 has steps of 2^-5; the sum below keeps a 2^-7.
   kernel = jnp.ones((4, 7)).at[0].set(1 + 2**-7)
-  logits = LMHead(CONFIG).apply({"params": {"kernel": kernel}}, x)
+  logits: Any = LMHead(CONFIG).apply({"params": {"kernel": kernel}}, x)
   assert logits.dtype == jnp.float32
   np.testing.assert_array_equal(logits, np.full((1, 1, 7), 4 + 2**-7))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +50,7 @@ def test_output_and_gradients_equal_the_formula():
     np.random.default_rng(1).normal(size=x.shape), jnp.float32
   )
 
-  def fast(x, params):
+  def fast(x, params) -> Any:
     return FeedForward(CONFIG).apply({"params": params}, x)
 
   np.testing.assert_allclose(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ def _norm(epsilon: float = 1e-5) -> RMSNorm:
   )
 
 
-def _apply(norm: RMSNorm, scale, x):
+def _apply(norm: RMSNorm, scale, x) -> Any:
   return norm.apply({"params": {"scale": jnp.asarray(scale)}}, jnp.asarray(x))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,11 +107,10 @@ def _forward(config: ModelConfig, *, num_tokens: int):
 
   def forward(params, tokens, positions, segments):
     variables = {"params": params}
-    return (
-      decoder_lm.DecoderLM(config)
-      .apply(variables, tokens, positions=positions, segments=segments)
-      .logits
+    out: Any = decoder_lm.DecoderLM(config).apply(
+      variables, tokens, positions=positions, segments=segments
     )
+    return out.logits
 
   return forward, (decoder_lm.abstract_params(config), row, row, row)
 
@@ -149,6 +149,7 @@ def test_forward_flops_are_what_xla_counts_up_to_elementwise_work():
   num_tokens = 32
   forward, arguments = _forward(config, num_tokens=num_tokens)
   analysis = jax.jit(forward).lower(*arguments).compile().cost_analysis()
+  assert analysis is not None
   counted = counting.count(config, sequence_length=num_tokens)
   products = num_tokens * counted.total.forward_flops
   # Beside the products, a token: 3 norms of at most 6 operations a width of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from aquila_jax.sharding.rules import STORAGE, param_shardings
 
 
 def _config(*, moe: MoeConfig | None = None, **sizes) -> ModelConfig:
-  defaults = dict(
+  defaults: dict[str, Any] = dict(
     vocab_size=48,
     num_layers=2,
     embed_dim=16,
@@ -122,7 +123,7 @@ def _batch(rows: int = 8, length: int = 16):
 
 
 def _loss(config: ModelConfig, params, tokens, positions, segments):
-  out = decoder_lm.DecoderLM(config).apply(
+  out: Any = decoder_lm.DecoderLM(config).apply(
     {"params": params}, tokens, positions=positions, segments=segments
   )
   log_probability = jax.nn.log_softmax(out.logits, axis=-1)

@@ -143,16 +143,6 @@ class Tiny:
     return TrainJob(**(defaults | fields))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-  """Programs that several tests share are compiled once."""
-  directory = tmp_path_factory.mktemp("xla")
-  jax.config.update("jax_compilation_cache_dir", str(directory))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-  yield
-  jax.config.update("jax_compilation_cache_dir", None)
-
-
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
   """See `Tiny`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -25,8 +27,9 @@ def test_cpu_takes_the_loop():
 
 def test_unknown_backend_is_refused():
   rows, kernels, block_expert, used = contract.inputs()
+  jitted: Any = api.expert_ffn
   with pytest.raises(NotImplementedError) as error:
-    api.expert_ffn.__wrapped__(
+    jitted.__wrapped__(
       rows,
       kernels,
       block_expert=block_expert,

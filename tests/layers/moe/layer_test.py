@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def _inputs():
   return normal(1, SEGMENTS.size, 6), params
 
 
-def _apply(config: ModelConfig, x, params):
+def _apply(config: ModelConfig, x, params) -> Any:
   return MoeFeedForward(config).apply(
     {"params": params}, x, segments=jnp.asarray(SEGMENTS)
   )
@@ -75,7 +76,7 @@ def _everything(token: int, choice: int) -> bool:
   return True
 
 
-def _loop(x, params, *, chosen, moe: MoeConfig, kept=_everything):
+def _loop(x, params, *, chosen, moe: MoeConfig | None, kept=_everything):
   """One token and one expert at a time; differentiable.
 
   Args:
@@ -85,6 +86,7 @@ def _loop(x, params, *, chosen, moe: MoeConfig, kept=_everything):
     moe: order and renormalisation of the gates.
     kept: whether a token's choice found a slot.
   """
+  assert moe is not None
   rows = []
   for token, experts in enumerate(chosen):
     logits = x[0, token] @ params["router"]["kernel"]
@@ -121,7 +123,7 @@ def _assert_equal_with_gradients(fast, slow, *arguments):
   (_, slow_out), slow_grads = with_gradients(slow)
   # Sums of up to 6 * 5 * 9 products of size up to some tens:
   # 30 * sqrt(270) * 2^-24 = 3e-5.
-  tolerance = dict(rtol=0, atol=5e-5)
+  tolerance: dict[str, Any] = dict(rtol=0, atol=5e-5)
   np.testing.assert_allclose(fast_out, slow_out, **tolerance)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, **tolerance),
