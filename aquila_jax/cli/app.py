@@ -33,9 +33,22 @@ def run(main: Callable[[], None]) -> NoReturn:
   """
   # `--config.a.b=value` is for config_door; absl gets the rest.
   arguments = config_door.take_overrides(sys.argv)
-  app.run(
-    lambda argv: _guarded(main, argv), argv=arguments, flags_parser=_parse
-  )
+  for name in _own_flags():
+    # So that --help lists it, in whichever module it is defined.
+    flag = flags.FLAGS[name.removeprefix("--")]
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+  try:
+    try:
+      app.run(
+        lambda argv: _guarded(main, argv), argv=arguments, flags_parser=_parse
+      )
+    finally:
+      sys.stdout.flush()
+  except BrokenPipeError:
+    # Whoever read our output has left. What is still buffered goes nowhere, or
+    # Python would complain of it at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
   raise AssertionError("app.run does not return")
 
 
@@ -55,10 +68,6 @@ def _guarded(main: Callable[[], None], argv: Sequence[str]) -> NoReturn:
     _end(error.exit_code, str(error))
   except KeyboardInterrupt:
     _end(130, "stopped; the same command goes on from the last checkpoint")
-  except BrokenPipeError:
-    # Whoever read our output has left; nothing more can be said.
-    sys.stderr.close()
-    sys.exit(1)
   logging.flush()
   sys.exit(0)
 
@@ -108,12 +117,13 @@ def _in_one_line(error: flags.Error) -> str:
 
 
 def _own_flags() -> list[str]:
-  """The flags of this program, without those that absl and JAX bring."""
+  """The flags of this program, without those that libraries bring."""
+  own = ("aquila_jax.", sys.argv[0])  # the second is of the verb itself
   by_module = flags.FLAGS.flags_by_module_dict()
   return [
     f"--{flag.name}"
     for module, members in by_module.items()
-    if not module.startswith(("absl.", "jax", "grain", "orbax"))
+    if module.startswith(own)
     for flag in members
   ]
 

@@ -92,7 +92,7 @@ def load_file(
   Raises:
     errors.UserError: as `load`.
   """
-  config = _get_config(path)
+  config = _unshared(_get_config(path))
   for name, text in overrides:
     _set(config, name, text)
   config.lock()
@@ -115,6 +115,21 @@ def _get_config(path: str) -> ConfigDict:
       " expected an ml_collections.ConfigDict"
     )
   return config
+
+
+def _unshared(config: ConfigDict) -> ConfigDict:
+  """A copy in which no two sections are one.
+
+  A dict that a file puts into two places is one ConfigDict in both, and an
+  override of the one place would change the other. References stay.
+  """
+  values = config.items(preserve_field_references=True)
+  return ConfigDict(
+    {
+      name: _unshared(value) if isinstance(value, ConfigDict) else value
+      for name, value in values
+    }
+  )
 
 
 def _import(file: pathlib.Path, path: str) -> ModuleType:

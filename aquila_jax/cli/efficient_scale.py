@@ -1,4 +1,4 @@
-"""Runs a whole experiment: every stage of its pipeline, then the report.
+r"""Runs a whole experiment: every stage of its pipeline, then the report.
 
   python -m aquila_jax.cli.efficient_scale \
     --config=experiments/configs/quickstart.py --workdir=runs/quickstart

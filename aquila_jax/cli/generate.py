@@ -19,7 +19,7 @@ _PROMPT = flags.DEFINE_string("prompt", "", "Begins the text.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "At most.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.")
 _TOP_P = flags.DEFINE_float("top_p", 0.95, "1 keeps the whole vocabulary.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
+_SEED = model_flags.define_seed("Of the sampling.")
 
 
 def main() -> None:
@@ -32,7 +32,9 @@ def main() -> None:
   model = model_flags.load(_MODEL.value, flag="model", with_optimizer=False)
   enable_compilation_cache()
   pieces = stream(text_model(model), _PROMPT.value, sampling=sampling)
-  sys.stdout.write(_PROMPT.value)
+  first = next(pieces, "")  # a prompt that is refused is not shown
+  sys.stdout.write(_PROMPT.value + first)
+  sys.stdout.flush()
   for piece in pieces:
     sys.stdout.write(piece)
     sys.stdout.flush()

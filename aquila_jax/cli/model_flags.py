@@ -18,12 +18,22 @@ from aquila_jax.planning import counting
 
 T = TypeVar("T")
 
+_LARGEST_SEED = 2**63 - 1  # that JAX takes
+
 
 def define_stage() -> flags.FlagHolder:
   """Defines --stage, for the commands that take a config of one stage."""
   return flags.DEFINE_string(
     "stage", "", "The stage of the config; needed where it has several."
   )
+
+
+def define_seed(meaning: str) -> flags.FlagHolder[int]:
+  """Defines --seed; `meaning` is its help."""
+  holder: Any = flags.DEFINE_integer(
+    "seed", 0, meaning, lower_bound=0, upper_bound=_LARGEST_SEED
+  )
+  return holder
 
 
 def stage_name(

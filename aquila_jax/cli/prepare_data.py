@@ -1,4 +1,4 @@
-"""Prepares the text of a config: fetch, clean, deduplicate, split, tokenize.
+r"""Prepares the text of a config: fetch, clean, deduplicate, split, tokenize.
 
   python -m aquila_jax.cli.prepare_data \
     --config=experiments/configs/quickstart.py --output=data/quickstart

@@ -1,4 +1,4 @@
-"""Turns every FFN of a dense MODEL into experts.
+r"""Turns every FFN of a dense MODEL into experts.
 
   python -m aquila_jax.cli.scale_out \
     --source=MODEL --output=MODEL --num_experts=8 --top_k=2
@@ -25,7 +25,7 @@ _METHOD = flags.DEFINE_string("method", "sparse_upcycling", "How.")
 _OPTIMIZER = flags.DEFINE_string(
   "optimizer", "grow", "grow the optimizer state, or reset (leave it out)."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of the router.")
+_SEED = model_flags.define_seed("Of the router.")
 
 
 def main() -> None:

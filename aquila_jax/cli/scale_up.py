@@ -1,4 +1,4 @@
-"""Grows a MODEL in width and depth.
+r"""Grows a MODEL in width and depth.
 
   python -m aquila_jax.cli.scale_up --source=MODEL --output=MODEL \
     --config=experiments/configs/quickstart.py --method=aki_pro
@@ -34,7 +34,7 @@ _METHOD = flags.DEFINE_string(
 _OPTIMIZER = flags.DEFINE_string(
   "optimizer", None, "grow the optimizer state, or reset (leave it out)."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of random maps and of method=random.")
+_SEED = model_flags.define_seed("Of random maps and of method=random.")
 
 
 def main() -> None:

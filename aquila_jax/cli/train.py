@@ -1,4 +1,4 @@
-"""Trains one stage of a config, from scratch or from a MODEL.
+r"""Trains one stage of a config, from scratch or from a MODEL.
 
   python -m aquila_jax.cli.train --config=experiments/configs/smoke.py \
     --stage=dense --workdir=runs/dense [--init_from=MODEL]

@@ -1,0 +1,106 @@
+"""How commands start and end, on the cheapest of them."""
+
+from __future__ import annotations
+
+import re
+
+from tests.cli.commands import ROOT, SMOKE, ended
+
+VERBS = sorted(
+  file.stem
+  for file in (ROOT / "aquila_jax" / "cli").glob("*.py")
+  if "app.run(main)" in file.read_text(encoding="utf-8")
+)
+
+
+def test_there_are_eight_verbs():
+  assert VERBS == [
+    "count",
+    "efficient_scale",
+    "evaluate",
+    "generate",
+    "prepare_data",
+    "scale_out",
+    "scale_up",
+    "train",
+  ]
+
+
+def test_help_of_every_verb_names_its_flags_and_ends_with_0(commands):
+  found = commands.run_all([(verb, "--help") for verb in VERBS])
+  flags = {
+    "count": "config stage",
+    "efficient_scale": "config workdir",
+    "evaluate": "model data output split language text_field batch_size"
+    " sequence_length max_tokens",
+    "generate": "model prompt max_new_tokens temperature top_p seed",
+    "prepare_data": "config output",
+    "scale_out": "source output num_experts top_k method optimizer seed",
+    "scale_up": "config stage source output method optimizer seed",
+    "train": "config stage workdir init_from profile_steps [no]save_optimizer",
+  }
+  for verb, one in zip(VERBS, found, strict=True):
+    assert (one.code, one.err) == (0, ""), verb
+    assert f"python -m aquila_jax.cli.{verb} " in one.out
+    listed = set(re.findall(r"^  --(\S+): ", one.out, re.MULTILINE))
+    assert listed == set(flags[verb].split()), verb
+
+
+def test_mistakes_on_the_command_line_are_refused(commands):
+  commands.assert_refused(
+    {
+      "a missing flag": (
+        ("train", SMOKE),
+        "--workdir must be given; --help lists the flags",
+      ),
+      "a misspelt flag": (
+        ("count", "--conifg=experiments/configs/smoke.py"),
+        "--conifg is no flag; did you mean '--config'?",
+      ),
+      "a flag of no kind": (
+        ("count", SMOKE, "--blocksize=3"),
+        "--blocksize is no flag; valid: --config, --stage",
+      ),
+      "a stray argument": (
+        ("count", SMOKE, "dense"),
+        "'dense' is no flag; expected --name=value, and --help lists them",
+      ),
+      "a flag of another type": (
+        ("generate", "--model=x", "--temperature=warm"),
+        "--temperature=warm: could not convert string to float: 'warm'",
+      ),
+      "a seed that is too large": (
+        ("generate", "--model=x", "--seed=9223372036854775808"),
+        "--seed=9223372036854775808: 9223372036854775808 is not an integer in"
+        " the range [0, 9223372036854775807]",
+      ),
+      "a missing config": (
+        ("count", "--config=experiments/configs/smok.py"),
+        "--config='experiments/configs/smok.py': there is no such file; did you"
+        " mean 'experiments/configs/smoke.py'?",
+      ),
+    }
+  )
+
+
+def test_fault_of_a_config_file_is_shown_whole(commands, tmp_path):
+  """Not in one line: where it stands is what its author needs."""
+  file = tmp_path / "faulty.py"
+  file.write_text("def get_config():\n  return 1 / 0\n")
+  with commands.start("count", f"--config={file}") as process:
+    _, err = process.communicate()
+  assert process.returncode == 1
+  assert f'File "{file}", line 2, in get_config' in err
+  assert err.splitlines()[-1] == "ZeroDivisionError: division by zero"
+
+
+def test_reader_that_leaves_is_no_fault(commands):
+  """As in `count | head -0`: the output fits a buffer or not."""
+  for arguments in (("count", SMOKE), ("evaluate", "--helpfull")):
+    with commands.start(*arguments) as process:
+      assert process.stdout is not None
+      process.stdout.close()
+      process.stdout = None
+      one = ended(process)
+    assert one.code == 1
+    assert "BrokenPipe" not in one.err
