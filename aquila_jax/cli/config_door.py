@@ -93,8 +93,9 @@ def load_file(
     errors.UserError: as `load`.
   """
   config = _unshared(_get_config(path))
+  defaults = _with_defaults(config)
   for name, text in overrides:
-    _set(config, name, text)
+    _set(config, name, text, defaults=defaults)
   config.lock()
   return config_lib.build(ExperimentConfig, config.to_dict())
 
@@ -148,7 +149,18 @@ def _import(file: pathlib.Path, path: str) -> ModuleType:
   return module
 
 
-def _set(config: ConfigDict, name: str, text: str) -> None:
+def _with_defaults(config: ConfigDict) -> dict[str, Any]:
+  """Every field of a file's config, where it is whole without overrides."""
+  try:
+    built = config_lib.build(ExperimentConfig, config.to_dict())
+  except errors.UserError:
+    return config.to_dict()
+  return config_lib.to_dict(built)
+
+
+def _set(
+  config: ConfigDict, name: str, text: str, *, defaults: dict[str, Any]
+) -> None:
   """Sets one field, making the sections on the way that are not there.
 
   Raises:
@@ -172,7 +184,9 @@ def _set(config: ConfigDict, name: str, text: str) -> None:
       raise errors.UserError(
         f"--config.{name}: config.{way}={node!r} is a value, not a section"
       )
-  old = node.get(field)
+  old: Any = defaults
+  for part in name.split("."):
+    old = old.get(part) if isinstance(old, dict) else None
   with node.unlocked(), node.ignore_type():
     node[field] = _value(text, old=old)
 

@@ -27,7 +27,7 @@ _WORKDIR = flags.DEFINE_string(
 def main() -> None:
   experiment = config_door.load(_CONFIG)
   enable_compilation_cache()
-  workdir = epath.Path(_WORKDIR.value)
+  workdir = epath.Path(_WORKDIR.value).expanduser()
   finished = run_pipeline(experiment, workdir, say=say_on_stderr)
   if finished.did_nothing:
     say_on_stderr("every stage was done before; this is what they gave")

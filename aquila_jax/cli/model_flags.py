@@ -11,14 +11,12 @@ from etils import epath
 
 from aquila_jax.core import config as config_lib
 from aquila_jax.core import errors
-from aquila_jax.core.experiment_config import ExperimentConfig
+from aquila_jax.core.experiment_config import LARGEST_SEED, ExperimentConfig
 from aquila_jax.core.model_dir import StoredModel, load_model, save_model
 from aquila_jax.models import decoder_lm
 from aquila_jax.planning import counting
 
 T = TypeVar("T")
-
-_LARGEST_SEED = 2**63 - 1  # that JAX takes
 
 
 def define_stage() -> flags.FlagHolder:
@@ -31,7 +29,7 @@ def define_stage() -> flags.FlagHolder:
 def define_seed(meaning: str) -> flags.FlagHolder[int]:
   """Defines --seed; `meaning` is its help."""
   holder: Any = flags.DEFINE_integer(
-    "seed", 0, meaning, lower_bound=0, upper_bound=_LARGEST_SEED
+    "seed", 0, meaning, lower_bound=0, upper_bound=LARGEST_SEED
   )
   return holder
 
@@ -93,7 +91,7 @@ def check_output(path: str) -> None:
   Raises:
     errors.UserError: where it exists, or cannot be written.
   """
-  target = epath.Path(path)
+  target = epath.Path(path).expanduser()
   if target.exists():
     raise errors.UserError(f"--output={path!r}: it exists; choose another")
   try:
@@ -132,7 +130,7 @@ def write_json(path: str | os.PathLike[str], tree: object) -> None:
   Raises:
     errors.UserError: where it cannot be written.
   """
-  target = epath.Path(path)
+  target = epath.Path(path).expanduser()
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.partial"

@@ -22,8 +22,9 @@ from aquila_jax.pipeline import budget, records
 from aquila_jax.pipeline.context import make_context, say_on_stderr
 from aquila_jax.pipeline.initial import Start
 from aquila_jax.pipeline.preflight import check_stage
-from aquila_jax.pipeline.stage import run_stage
+from aquila_jax.pipeline.stage import check_unchanged, is_done, run_stage
 from aquila_jax.training.compilation import enable_compilation_cache
+from aquila_jax.training.profiling import check_profile_steps
 
 _CONFIG = config_door.define_flag()
 _STAGE = model_flags.define_stage()
@@ -39,7 +40,8 @@ _INIT_FROM = flags.DEFINE_string(
 _PROFILE_STEPS = flags.DEFINE_list(
   "profile_steps",
   [],
-  "First and last step to profile, as in 10,15; into WORKDIR/profile.",
+  "START,STOP: profiles steps START <= step < STOP, counted from 0, into"
+  " WORKDIR/profile.",
 )
 _SAVE_OPTIMIZER = flags.DEFINE_bool(
   "save_optimizer", True, "Whether the MODEL gets the optimizer state."
@@ -53,13 +55,21 @@ def main() -> None:
   profile_steps = _profile_steps()
   _check_source(experiment, name)
   enable_compilation_cache()
-  workdir = epath.Path(_WORKDIR.value)
+  workdir = epath.Path(_WORKDIR.value).expanduser()
   context = make_context(experiment, workdir, say=say_on_stderr)
-  check_stage(context, name, locate=str)
-  records.write(workdir / "config.json", records.plain(experiment))
   stage = experiment.stages[name]
+  start = Start(context=context, name=name, stage=stage, locate=str)
+  check_unchanged(start, workdir)
+  if not is_done(workdir):
+    check_stage(context, name, locate=str)
+  check_profile_steps(
+    profile_steps,
+    total_steps=budget.total_steps(experiment, name),
+    name="--profile_steps",
+  )
+  records.write(workdir / "config.json", records.plain(experiment))
   run_stage(
-    Start(context=context, name=name, stage=stage, locate=str),
+    start,
     workdir,
     profile_steps=profile_steps,
     save_optimizer=_SAVE_OPTIMIZER.value,

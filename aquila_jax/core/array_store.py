@@ -84,6 +84,8 @@ def read_tree(directory: epath.Path, like: Any) -> Any:
     errors.UserError: on a leaf that is missing, left over, of another shape or
       dtype, or whose bytes fail their checksum; it names the leaf.
   """
+  if not directory.is_dir():
+    raise errors.UserError(f"{directory} is missing; this MODEL is not whole")
   wanted = dict(_named_leaves(like))
   stored = {
     child.name

@@ -16,6 +16,16 @@ ResidualReading = Literal["next_layer", "own_layer"]
 OptimizerRule = Literal["grow", "reset"]
 
 
+# The largest that JAX and NumPy both take.
+LARGEST_SEED = 2**63 - 1
+
+
+def _check_seed(seed: int) -> None:
+  require(
+    0 <= seed <= LARGEST_SEED, f"seed={seed}: need 0 <= seed <= {LARGEST_SEED}"
+  )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scratch:
   """Random initialisation."""
@@ -310,6 +320,7 @@ class DataConfig:
 
   def __post_init__(self):
     require(bool(self.sources), "sources={}: give at least one source")
+    _check_seed(self.seed)
     for name in ("validation_share", "test_share"):
       value = getattr(self, name)
       require(0 < value < 0.5, f"{name}={value}: need 0 < {name} < 0.5")
@@ -371,6 +382,7 @@ class ExperimentConfig:
   mesh: MeshConfig = MeshConfig()
 
   def __post_init__(self):
+    _check_seed(self.seed)
     require(bool(self.pipeline), "pipeline=(): name at least one stage")
     require(
       len(set(self.pipeline)) == len(self.pipeline),

@@ -56,7 +56,7 @@ def save_model(path: str | os.PathLike[str], model: StoredModel, *, axes: Any):
   Raises:
     errors.UserError: where `path` exists.
   """
-  target = epath.Path(path)
+  target = epath.Path(path).expanduser()
   if target.exists():
     raise errors.UserError(f"{target} exists; choose another output")
   partial = target.parent / f".{target.name}.partial"
@@ -92,7 +92,7 @@ def read_header(
   Raises:
     errors.UserError: where `path` is not a whole MODEL directory.
   """
-  directory = epath.Path(path)
+  directory = epath.Path(path).expanduser()
   if not directory.is_dir():
     near = _nearby_models(directory)
     raise errors.UserError(
@@ -145,7 +145,7 @@ def load_model(
     errors.UserError: as `read_header`, or where a leaf is missing, left over,
       misshapen or damaged.
   """
-  directory = epath.Path(path)
+  directory = epath.Path(path).expanduser()
   model_config, lineage = read_header(path, what=what)
   shapes = like(model_config)
   wide = _widened(shapes)
@@ -157,10 +157,22 @@ def load_model(
     config=model_config,
     lineage=lineage,
     params=array_store.read_tree(directory / "params", shapes),
-    tokenizer=(directory / "tokenizer.json").read_text(),
+    tokenizer=read_tokenizer(directory),
     moments=moments,
     ema=array_store.read_tree(ema, wide) if ema.exists() else None,
   )
+
+
+def read_tokenizer(path: str | os.PathLike[str]) -> str:
+  """The text of a MODEL's tokenizer.json.
+
+  Raises:
+    errors.UserError: where it is missing.
+  """
+  file = epath.Path(path).expanduser() / "tokenizer.json"
+  if not file.exists():
+    raise errors.UserError(f"{file} is missing; this MODEL is not whole")
+  return file.read_text()
 
 
 def _header(model: StoredModel) -> dict[str, Any]:

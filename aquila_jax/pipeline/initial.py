@@ -20,7 +20,7 @@ from aquila_jax.core.experiment_config import (
 )
 from aquila_jax.core.lineage import Event, Lineage
 from aquila_jax.core.model_config import ModelConfig
-from aquila_jax.core.model_dir import StoredModel, load_model
+from aquila_jax.core.model_dir import StoredModel, load_model, read_tokenizer
 from aquila_jax.growth.scale_out import scale_out
 from aquila_jax.growth.scale_up import scale_up
 from aquila_jax.models import decoder_lm
@@ -55,20 +55,11 @@ class Start:
     given = source_of(self.stage)
     if not given:
       return None
-    field = "path" if isinstance(self.stage.init, Load) else "source"
-    what = f"{self.path}.init.{field}"
-    stored = load_model(
+    what = source_field(self.stage, self.name)
+    check_tokenizer(self.context, self.locate(given), what=what)
+    return load_model(
       self.locate(given), like=decoder_lm.abstract_params, what=what
     )
-    if json.loads(stored.tokenizer) != json.loads(
-      self.context.data.tokenizer_text
-    ):
-      raise errors.UserError(
-        f"{what}={given!r}: its tokenizer is not the data's; give"
-        f" config.data.tokenizer.path='{self.locate(given)}/tokenizer.json' and"
-        " prepare the data with it"
-      )
-    return stored
 
   def model(self, method: GrowthMethod | None = None) -> StoredModel:
     """The stage's model before its training.
@@ -109,6 +100,32 @@ class Start:
       lineage=Lineage(events=(event,)),
       params=jax.jit(initialise)(key=jax.random.key(seed)),
       tokenizer=self.context.data.tokenizer_text,
+    )
+
+
+def source_field(stage: StageConfig, name: str) -> str:
+  """The dotted name of what a stage starts from."""
+  field = "path" if isinstance(stage.init, Load) else "source"
+  return f"config.stages.{name}.init.{field}"
+
+
+def check_tokenizer(context: Context, path: str, *, what: str) -> None:
+  """Refuses a MODEL whose tokenizer is not the data's.
+
+  Args:
+    context: with the data.
+    path: of the MODEL.
+    what: the field that named it, for messages.
+
+  Raises:
+    errors.UserError: saying what to do.
+  """
+  text = read_tokenizer(path)
+  if json.loads(text) != json.loads(context.data.tokenizer_text):
+    raise errors.UserError(
+      f"{what}={path!r}: its tokenizer is not the data's; give"
+      f" config.data.tokenizer.path='{path}/tokenizer.json' and prepare the"
+      " data with it"
     )
 
 

@@ -14,7 +14,6 @@ from aquila_jax.core.experiment_config import (
   StageConfig,
 )
 from aquila_jax.core.lineage import Lineage
-from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.model_dir import read_header
 from aquila_jax.generation.generate import encode_prompts
 from aquila_jax.growth import scale_out, scale_up
@@ -60,7 +59,7 @@ def check_stage(
   experiment = context.experiment
   stage, path = experiment.stages[name], f"config.stages.{name}"
   initial.check_vocabulary(stage.model, context, path=f"{path}.model")
-  new_indices = _check_start(experiment, name, locate=locate)
+  new_indices = _check_start(context, name, locate=locate)
   axes = decoder_lm.parameter_axes(stage.model)
   shapes = decoder_lm.abstract_params(stage.model)
   param_shardings(axes, shapes, context.mesh)
@@ -89,15 +88,22 @@ def check_stage(
 
 
 def _check_start(
-  experiment: ExperimentConfig, name: str, *, locate: Callable[[str], str]
+  context: Context, name: str, *, locate: Callable[[str], str]
 ) -> NewIndices | None:
   """Checks a stage against its source; what its growth will add."""
+  experiment = context.experiment
   stage = experiment.stages[name]
   source = budget.source_of(stage)
   if not source:
     return None
-  config, lineage = _source(experiment, name, source, locate=locate)
   init, path = stage.init, f"config.stages.{name}.model"
+  field = initial.source_field(stage, name)
+  if source in experiment.stages:
+    # It may not be trained yet.
+    config, lineage = experiment.stages[source].model, Lineage()
+  else:
+    config, lineage = read_header(locate(source), what=field)
+    initial.check_tokenizer(context, locate(source), what=field)
   if isinstance(init, ScaleOut):
     scale_out.check_pair(config, stage.model, path=path)
     return _inherited(experiment, source, lineage)
@@ -109,19 +115,6 @@ def _check_start(
     return scale_up.new_indices(config, stage.model, init, path=path)
   initial.check_same_architecture(config, stage.model, path=path)
   return lineage.new_indices
-
-
-def _source(
-  experiment: ExperimentConfig,
-  name: str,
-  source: str,
-  *,
-  locate: Callable[[str], str],
-) -> tuple[ModelConfig, Lineage]:
-  """Architecture and lineage of a source that may not be trained yet."""
-  if source in experiment.stages:
-    return experiment.stages[source].model, Lineage()
-  return read_header(locate(source), what=f"config.stages.{name}.init.source")
 
 
 def _inherited(

@@ -10,19 +10,18 @@ WORKDIR/
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 from etils import epath
 
 from aquila_jax.core.experiment_config import ExperimentConfig
 from aquila_jax.evaluation.results import ReportInput
 from aquila_jax.pipeline import records
-from aquila_jax.pipeline.context import Context, Say, make_context
+from aquila_jax.pipeline.context import Say, make_context
 from aquila_jax.pipeline.evaluate import evaluate_stage
 from aquila_jax.pipeline.initial import Start
 from aquila_jax.pipeline.preflight import check_pipeline
 from aquila_jax.pipeline.reporting import make_report
-from aquila_jax.pipeline.stage import is_done, run_stage
+from aquila_jax.pipeline.stage import check_unchanged, is_done, run_stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +62,17 @@ def run_pipeline(
       return str(directories[source] / "model")
     return source
 
+  starts = {
+    name: Start(
+      context=context,
+      name=name,
+      stage=experiment.stages[name],
+      locate=locate,
+    )
+    for name in directories
+  }
+  for name, directory in directories.items():
+    check_unchanged(starts[name], directory)
   did_nothing = all(map(is_done, directories.values()))
   if not did_nothing:
     check_pipeline(context, locate)
@@ -70,22 +80,7 @@ def run_pipeline(
   for number, (name, directory) in enumerate(directories.items(), start=1):
     if not is_done(directory):
       say(f"stage {number} of {len(directories)}: {name}")
-    _run_stage(context, name, directory, locate)
+    run_stage(starts[name], directory)
+    evaluate_stage(context, name, directory)
   report, path = make_report(context, workdir, directories)
   return Finished(report=report, report_path=path, did_nothing=did_nothing)
-
-
-def _run_stage(
-  context: Context,
-  name: str,
-  directory: epath.Path,
-  locate: Callable[[str], str],
-) -> None:
-  start = Start(
-    context=context,
-    name=name,
-    stage=context.experiment.stages[name],
-    locate=locate,
-  )
-  run_stage(start, directory)
-  evaluate_stage(context, name, directory)

@@ -73,14 +73,8 @@ def run_stage(
     Interrupted: after SIGTERM or SIGINT, when the step is saved.
   """
   context, name = start.context, start.name
+  check_unchanged(start, directory)
   found = records.read(directory / "stage.json")
-  if found is not None:
-    check_same(
-      found["config"],
-      _identity(start),
-      what=directory / "stage.json",
-      path=start.path,
-    )
   if is_done(directory):
     context.say(f"{name}: done")
     return
@@ -104,6 +98,22 @@ def run_stage(
   )
   result = train(job)
   _finish(start, opening, result, directory, save_optimizer=save_optimizer)
+
+
+def check_unchanged(start: Start, directory: epath.Path) -> None:
+  """Refuses a directory that another config has begun.
+
+  Args:
+    start: of the stage.
+    directory: of the stage; it need not be there.
+
+  Raises:
+    errors.UserError: listing the fields that differ.
+  """
+  path = directory / "stage.json"
+  found = records.read(path)
+  if found is not None:
+    check_same(found["config"], _identity(start), what=path, path=start.path)
 
 
 def is_done(directory: epath.Path) -> bool:

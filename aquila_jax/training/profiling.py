@@ -12,6 +12,29 @@ from etils import epath
 from aquila_jax.core import errors
 
 
+def check_profile_steps(
+  steps: tuple[int, int] | None,
+  *,
+  total_steps: int,
+  name: str = "profile_steps",
+) -> None:
+  """Refuses a range that is not within the stage.
+
+  Args:
+    steps: (start, stop), or None for no profile.
+    total_steps: of the stage.
+    name: of `steps`, for messages.
+
+  Raises:
+    errors.UserError: saying what would be.
+  """
+  if steps is not None and not 0 <= steps[0] < steps[1] <= total_steps:
+    raise errors.UserError(
+      f"{name}={steps}: expected 0 <= start < stop <= {total_steps}, the steps"
+      " of the stage"
+    )
+
+
 class Profiler:
   """Traces the steps start <= step < stop, counted from 0. A context manager.
 
@@ -31,11 +54,7 @@ class Profiler:
     steps: tuple[int, int] | None,
     total_steps: int,
   ):
-    if steps is not None and not 0 <= steps[0] < steps[1] <= total_steps:
-      raise errors.UserError(
-        f"profile_steps={steps}: expected 0 <= start < stop <= {total_steps},"
-        " the steps of the stage"
-      )
+    check_profile_steps(steps, total_steps=total_steps)
     self._directory = directory
     self._start, self._stop = steps or (-1, -1)
     self._running = False

@@ -40,7 +40,7 @@ def _refused(path: str, *overrides: tuple[str, str]) -> str:
   [
     # In place of a value of the file.
     ("seed", "3", 3),
-    ("seed", "-1", -1),
+    ("mesh.data", "-1", -1),
     ("seed", "0x10", 16),
     ("stages.dense.train.optimizer.learning_rate", "1e-4", 1e-4),
     ("stages.dense.train.optimizer.learning_rate", "1", 1.0),
@@ -71,6 +71,8 @@ def _refused(path: str, *overrides: tuple[str, str]) -> str:
     ("stages.dense.train.optimizer.ema_decay", "0.9", 0.9),
     ("stages.control.model.moe", "none", None),
     # Tuples.
+    ("stages.dense.train.freeze.axes", "vocab", ["vocab"]),
+    ("stages.dense.train.freeze.axes", "vocab,mlp", ["vocab", "mlp"]),
     ("pipeline", "dense", ["dense"]),
     ("pipeline", "dense,scale_up", ["dense", "scale_up"]),
     ("pipeline", "('dense', 'scale_up')", ["dense", "scale_up"]),

@@ -192,7 +192,7 @@ def _assert_nothing_is_done_again(
 def _assert_changes_are_refused(
   commands: Commands, workdir: pathlib.Path
 ) -> None:
-  before = _files(workdir / "stages")
+  before = _files(workdir)
   changed = commands.run(
     *_command(workdir, "--config.stages.dense.train.batch_size=16")
   )
@@ -211,4 +211,4 @@ def _assert_changes_are_refused(
       )
     }
   )
-  assert _files(workdir / "stages") == before
+  assert _files(workdir) == before

@@ -104,7 +104,7 @@ def test_mistakes_are_refused(commands, dense, data, tmp_path):
       ),
       "a MODEL that is missing": (
         (*command, "--stage=dense", f"--init_from={wrong}"),
-        f"config.stages.dense.init.source={str(wrong)!r}: there is no such"
+        f"config.stages.dense.init.path={str(wrong)!r}: there is no such"
         f" directory; did you mean {str(dense)!r}?",
       ),
       "a MODEL of another architecture": (
@@ -136,5 +136,4 @@ def test_mistakes_are_refused(commands, dense, data, tmp_path):
     }
   )
   assert names(tmp_path) == ["file", "run", "small"]
-  # The resolved config is there before the source is opened; nothing else.
-  assert names(tmp_path / "run") == ["config.json"]
+  assert names(tmp_path / "run") == []

@@ -41,6 +41,16 @@ def _experiment(**fields) -> ec.ExperimentConfig:
 
 REFUSED = [
   (
+    ec.DataConfig,
+    {"sources": DATA.sources, "seed": -1},
+    f"seed=-1: need 0 <= seed <= {2**63 - 1}",
+  ),
+  (
+    _experiment,
+    {"seed": 2**63},
+    f"seed={2**63}: need 0 <= seed <= {2**63 - 1}",
+  ),
+  (
     ec.ScaleUp,
     {"source": "a", "depth": "stack"},
     "depth='stack': method='aki_pro' is AKI with depth='interpolate'; use"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,3 +227,17 @@ def test_flipped_bit_in_any_array_is_found(tmp_path, part):
     _load(tmp_path / "model")
   leaf = chunk.relative_to(directory).parts[0]
   assert str(error.value).startswith(f"{directory}: leaf {leaf!r} is damaged: ")
+
+
+@pytest.mark.parametrize("missing", ["tokenizer.json", "params"])
+def test_a_model_that_lost_a_part_is_not_whole(tmp_path, missing):
+  path = tmp_path / "model"
+  model_dir.save_model(path, _model(), axes=AXES)
+  part = path / missing
+  if part.is_dir():
+    shutil.rmtree(part)
+  else:
+    part.unlink()
+  with pytest.raises(UserError) as caught:
+    _load(path)
+  assert str(caught.value) == f"{part} is missing; this MODEL is not whole"
