@@ -192,8 +192,10 @@ def _moments(
 
     mu' = mu / E        nu' = nu / (A E)
 
-  (Were there no noise, nu' would be nu / E^2, E / A times less; of the two this
-  one takes the smaller first steps.) The router has no past: zeros.
+  (Were there no noise, nu' would be nu / E^2, E / A times less.) Measured on
+  the quickstart, E = 8 and A = 2: 0.057 to 0.058 of the dense mean square,
+  where 1 / (A E) is 0.0625 and 1 / E^2 0.0156 (benchmarks/upcycled_moments.py).
+  The router has no past: zeros.
   """
 
   def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
