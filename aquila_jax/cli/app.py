@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging as python_logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -66,8 +67,11 @@ def _guarded(main: Callable[[], None], argv: Sequence[str]) -> NoReturn:
     _end(3, str(error))
   except Interrupted as error:
     _end(error.exit_code, str(error))
-  except KeyboardInterrupt:
-    _end(130, "stopped; the same command goes on from the last checkpoint")
+  except KeyboardInterrupt as error:
+    number = error.args[0] if error.args else signal.SIGINT
+    _end(
+      128 + number, "stopped; the same command goes on from the last checkpoint"
+    )
   logging.flush()
   sys.exit(0)
 

@@ -34,8 +34,8 @@ _OUTPUT = flags.DEFINE_string("output", "", "A JSON file for the scores.")
 _SPLIT: Any = flags.DEFINE_enum(
   "split", "test", ["validation", "test"], "Of prepared data."
 )
-_LANGUAGE = flags.DEFINE_string("language", "text", "Of text: its name.")
-_TEXT_FIELD = flags.DEFINE_string(
+_LANGUAGE: Any = flags.DEFINE_string("language", "text", "Of text: its name.")
+_TEXT_FIELD: Any = flags.DEFINE_string(
   "text_field", "text", "Of .jsonl and .parquet rows."
 )
 _BATCH_SIZE = flags.DEFINE_integer(
@@ -50,6 +50,8 @@ _MAX_TOKENS = flags.DEFINE_integer(
 
 
 def main() -> None:
+  if _OUTPUT.value:
+    model_flags.check_output(_OUTPUT.value)
   model = model_flags.load(_MODEL.value, flag="model", with_optimizer=False)
   length = _SEQUENCE_LENGTH.value or model.config.context_length
   if length > model.config.context_length:
@@ -74,9 +76,17 @@ def main() -> None:
     model_flags.write_json(_OUTPUT.value, record)
 
 
+def _refuse(*holders: Any, why: str) -> None:
+  """Refuses flags that would have no effect."""
+  for holder in holders:
+    if holder.present and not flags.FLAGS[holder.name].using_default_value:
+      raise errors.UserError(f"--{holder.name}={holder.value}: {why}")
+
+
 def _data(model: StoredModel) -> PreparedData:
   path = _DATA.value
   if (pathlib.Path(path).expanduser() / prepared.HEADER).exists():
+    _refuse(_LANGUAGE, _TEXT_FIELD, why="is of text; --data is prepared data")
     data = PreparedData.open(path, what="--data")
     if json.loads(data.tokenizer_text) != json.loads(model.tokenizer):
       raise errors.UserError(
@@ -85,6 +95,7 @@ def _data(model: StoredModel) -> PreparedData:
         f" config.data.tokenizer.path='{_MODEL.value}/tokenizer.json'"
       )
     return data
+  _refuse(_SPLIT, why="is of prepared data; --data is text")
   source = SourceConfig(
     path=path, language=_LANGUAGE.value, text_field=_TEXT_FIELD.value
   )

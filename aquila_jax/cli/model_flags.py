@@ -62,6 +62,23 @@ def stage_name(
   return chosen or experiment.pipeline[0]
 
 
+def check_moments(optimizer: str | None, model: StoredModel) -> None:
+  """Refuses to grow an optimizer state that is not there.
+
+  Args:
+    optimizer: the value of --optimizer; None where it was not given.
+    model: the source.
+
+  Raises:
+    errors.UserError: where it was asked for.
+  """
+  if optimizer == "grow" and model.moments is None:
+    raise errors.UserError(
+      "--optimizer=grow: the source has no optimizer state; expected reset, or"
+      " no --optimizer"
+    )
+
+
 def build(cls: type[T], **values: Any) -> T:
   """A config section out of flags of the same names.
 

@@ -23,7 +23,9 @@ _NUM_EXPERTS = flags.DEFINE_integer("num_experts", 8, "Experts a layer.")
 _TOP_K = flags.DEFINE_integer("top_k", 2, "Experts that a token goes to.")
 _METHOD = flags.DEFINE_string("method", "sparse_upcycling", "How.")
 _OPTIMIZER = flags.DEFINE_string(
-  "optimizer", "grow", "grow the optimizer state, or reset (leave it out)."
+  "optimizer",
+  None,
+  "grow the optimizer state (as by default, where there is one), or reset.",
 )
 _SEED = model_flags.define_seed("Of the router.")
 
@@ -33,13 +35,14 @@ def main() -> None:
     ScaleOut,
     source=_SOURCE.value,
     method=_METHOD.value,
-    optimizer=_OPTIMIZER.value,
+    optimizer=_OPTIMIZER.value or "grow",
   )
   moe = model_flags.build(
     MoeConfig, num_experts=_NUM_EXPERTS.value, top_k=_TOP_K.value
   )
   model_flags.check_output(_OUTPUT.value)
   source = model_flags.load(_SOURCE.value, flag="source")
+  model_flags.check_moments(_OPTIMIZER.value, source)
   target = dataclasses.replace(source.config, moe=moe)
   grown = scale_out(source, target, options, seed=_SEED.value)
   model_flags.save(_OUTPUT.value, grown)

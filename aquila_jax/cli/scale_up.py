@@ -32,7 +32,7 @@ _METHOD = flags.DEFINE_string(
   "method", None, f"One of {', '.join(get_args(GrowthMethod))}."
 )
 _OPTIMIZER = flags.DEFINE_string(
-  "optimizer", None, "grow the optimizer state, or reset (leave it out)."
+  "optimizer", None, "grow the optimizer state, or reset; or the config's."
 )
 _SEED = model_flags.define_seed("Of random maps and of method=random.")
 
@@ -43,8 +43,10 @@ def main() -> None:
   stage = experiment.stages[name]
   options = _options(stage, name)
   model_flags.check_output(_OUTPUT.value)
+  source = model_flags.load(_SOURCE.value, flag="source")
+  model_flags.check_moments(_OPTIMIZER.value, source)
   grown = scale_up(
-    model_flags.load(_SOURCE.value, flag="source"),
+    source,
     stage.model,
     options,
     seed=_SEED.value,

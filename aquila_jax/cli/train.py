@@ -21,7 +21,7 @@ from aquila_jax.core.experiment_config import ExperimentConfig, Load
 from aquila_jax.pipeline import budget, records
 from aquila_jax.pipeline.context import make_context, say_on_stderr
 from aquila_jax.pipeline.initial import Start
-from aquila_jax.pipeline.preflight import check_stage
+from aquila_jax.pipeline.preflight import check_config, check_data
 from aquila_jax.pipeline.stage import check_unchanged, is_done, run_stage
 from aquila_jax.training.compilation import enable_compilation_cache
 from aquila_jax.training.profiling import check_profile_steps
@@ -56,17 +56,18 @@ def main() -> None:
   _check_source(experiment, name)
   enable_compilation_cache()
   workdir = epath.Path(_WORKDIR.value).expanduser()
-  context = make_context(experiment, workdir, say=say_on_stderr)
-  stage = experiment.stages[name]
-  start = Start(context=context, name=name, stage=stage, locate=str)
-  check_unchanged(start, workdir)
-  if not is_done(workdir):
-    check_stage(context, name, locate=str)
+  to_do = [] if is_done(workdir) else [name]
+  check_config(experiment, stages=to_do)
   check_profile_steps(
     profile_steps,
     total_steps=budget.total_steps(experiment, name),
     name="--profile_steps",
   )
+  context = make_context(experiment, workdir, say=say_on_stderr)
+  stage = experiment.stages[name]
+  start = Start(context=context, name=name, stage=stage, locate=str)
+  check_unchanged(start, workdir)
+  check_data(context, stages=to_do)
   records.write(workdir / "config.json", records.plain(experiment))
   run_stage(
     start,

@@ -40,11 +40,21 @@ class TextModel:
 
 
 def text_model(stored: StoredModel) -> TextModel:
-  """The content of a MODEL directory, ready to generate."""
+  """The content of a MODEL directory, ready to generate.
+
+  Raises:
+    errors.UserError: where its tokenizer cannot be read.
+  """
+  try:
+    tokenizer = Tokenizer.from_str(stored.tokenizer)
+  # The library raises nothing narrower for a text that it cannot read.
+  except Exception as error:
+    reason = str(error).splitlines()[0]
+    raise errors.UserError(
+      f"the MODEL's tokenizer.json is damaged: {reason}"
+    ) from error
   return TextModel(
-    config=stored.config,
-    params=stored.params,
-    tokenizer=Tokenizer.from_str(stored.tokenizer),
+    config=stored.config, params=stored.params, tokenizer=tokenizer
   )
 
 
@@ -245,9 +255,13 @@ def encode_prompts(
     Token ids.
 
   Raises:
-    errors.UserError: on a prompt of no tokens, or one that leaves no room in
-      the context.
+    errors.UserError: on a prompt that is no text, of no tokens, or that leaves
+      no room in the context.
   """
+  for prompt in prompts:
+    # Bytes that the command line could not decode.
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+      raise errors.UserError(f"prompt={prompt!r}: is not valid UTF-8")
   ids = [tokenizer.encode(prompt).ids for prompt in prompts]
   for prompt, row in zip(prompts, ids, strict=True):
     _check_prompt(prompt, len(row), context_length=context_length)

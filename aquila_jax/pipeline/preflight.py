@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from aquila_jax.core import errors
@@ -20,24 +21,37 @@ from aquila_jax.growth import scale_out, scale_up
 from aquila_jax.models import decoder_lm
 from aquila_jax.pipeline import budget, initial
 from aquila_jax.pipeline.context import Context
+from aquila_jax.sharding.mesh import make_mesh
 from aquila_jax.sharding.rules import param_shardings
 from aquila_jax.training import inputs, step
 from aquila_jax.training.freezing import NewIndices, trainable_masks
 from aquila_jax.training.optimizers import learning_rate
 
 
-def check_pipeline(context: Context, locate: Callable[[str], str]) -> None:
-  """Checks every stage of the pipeline against what comes before it.
+def check_config(
+  experiment: ExperimentConfig, *, stages: Sequence[str]
+) -> None:
+  """Checks stages against each other and the devices, before there are data.
 
   Args:
-    context: config, data and mesh.
-    locate: from the path of a MODEL, as the config has it, to the directory.
+    experiment: the whole config.
+    stages: those that will run, in order.
 
   Raises:
     errors.UserError: on the first thing that would stop a stage later; it names
       the field.
   """
-  experiment = context.experiment
+  mesh = make_mesh(experiment.mesh)
+  for name in stages:
+    _check_stage(experiment, name, mesh=mesh)
+
+
+def check_order(experiment: ExperimentConfig) -> None:
+  """Checks that every stage stands behind the one that it grows from.
+
+  Raises:
+    errors.UserError: naming the stage that does not.
+  """
   for i, name in enumerate(experiment.pipeline):
     source = budget.source_of(experiment.stages[name])
     if source in experiment.stages and source not in experiment.pipeline[:i]:
@@ -45,27 +59,47 @@ def check_pipeline(context: Context, locate: Callable[[str], str]) -> None:
         f"config.stages.{name}.init.source={source!r}: expected a stage that"
         f" stands before it in pipeline={experiment.pipeline}"
       )
-    check_stage(context, name, locate=locate)
 
 
-def check_stage(
-  context: Context, name: str, *, locate: Callable[[str], str]
-) -> None:
-  """Checks one stage: start, vocabulary, mesh, schedule, prompts.
+def check_data(context: Context, *, stages: Sequence[str]) -> None:
+  """Checks stages against the data: vocabulary, prompts, tokenizers.
+
+  Args:
+    context: config and data.
+    stages: those that will run.
 
   Raises:
-    errors.UserError: as `check_pipeline`.
+    errors.UserError: as `check_config`.
   """
   experiment = context.experiment
+  tokenizer = Tokenizer.from_str(context.data.tokenizer_text)
+  for name in stages:
+    stage = experiment.stages[name]
+    path = f"config.stages.{name}.model"
+    initial.check_vocabulary(stage.model, context, path=path)
+    source = budget.source_of(stage)
+    if source and source not in experiment.stages:
+      field = initial.source_field(stage, name)
+      initial.check_tokenizer(context, source, what=field)
+    encode_prompts(
+      experiment.evaluation.prompts,
+      tokenizer=tokenizer,
+      context_length=stage.model.context_length,
+    )
+
+
+def _check_stage(
+  experiment: ExperimentConfig, name: str, *, mesh: Mesh
+) -> None:
+  """Checks one stage: its start, mesh, schedule and what is frozen."""
   stage, path = experiment.stages[name], f"config.stages.{name}"
-  initial.check_vocabulary(stage.model, context, path=f"{path}.model")
-  new_indices = _check_start(context, name, locate=locate)
+  new_indices = _check_start(experiment, name)
   axes = decoder_lm.parameter_axes(stage.model)
   shapes = decoder_lm.abstract_params(stage.model)
-  param_shardings(axes, shapes, context.mesh)
+  param_shardings(axes, shapes, mesh)
   inputs.check_batch_divides(
     stage.train,
-    like=step.abstract_batch(stage.train, mesh=context.mesh),
+    like=step.abstract_batch(stage.train, mesh=mesh),
     path=f"{path}.train",
   )
   learning_rate(
@@ -80,18 +114,10 @@ def check_stage(
     new_indices=new_indices,
     path=f"{path}.train.freeze",
   )
-  encode_prompts(
-    experiment.evaluation.prompts,
-    tokenizer=Tokenizer.from_str(context.data.tokenizer_text),
-    context_length=stage.model.context_length,
-  )
 
 
-def _check_start(
-  context: Context, name: str, *, locate: Callable[[str], str]
-) -> NewIndices | None:
+def _check_start(experiment: ExperimentConfig, name: str) -> NewIndices | None:
   """Checks a stage against its source; what its growth will add."""
-  experiment = context.experiment
   stage = experiment.stages[name]
   source = budget.source_of(stage)
   if not source:
@@ -102,8 +128,7 @@ def _check_start(
     # It may not be trained yet.
     config, lineage = experiment.stages[source].model, Lineage()
   else:
-    config, lineage = read_header(locate(source), what=field)
-    initial.check_tokenizer(context, locate(source), what=field)
+    config, lineage = read_header(source, what=field)
   if isinstance(init, ScaleOut):
     scale_out.check_pair(config, stage.model, path=path)
     return _inherited(experiment, source, lineage)

@@ -15,6 +15,7 @@ from etils import epath
 
 from aquila_jax import version
 from aquila_jax.core import config as config_lib
+from aquila_jax.core import errors
 from aquila_jax.core.experiment_config import ExperimentConfig
 from aquila_jax.core.lineage import Lineage
 from aquila_jax.evaluation.report import write_report
@@ -105,7 +106,17 @@ def _stage_result(
 
 
 def _rows(path: epath.Path) -> list[Row]:
-  return read_rows(path) if path.exists() else []
+  """The rows of a stage that is done; it has written them.
+
+  Raises:
+    errors.UserError: where the file is lost: a report would say 0.
+  """
+  if not path.exists():
+    raise errors.UserError(
+      f"{path} is missing, so there is no report; delete {path.parent} to have"
+      " the stage run again"
+    )
+  return read_rows(path)
 
 
 def _versions() -> dict[str, str]:

@@ -19,7 +19,11 @@ from aquila_jax.pipeline import records
 from aquila_jax.pipeline.context import Say, make_context
 from aquila_jax.pipeline.evaluate import evaluate_stage
 from aquila_jax.pipeline.initial import Start
-from aquila_jax.pipeline.preflight import check_pipeline
+from aquila_jax.pipeline.preflight import (
+  check_config,
+  check_data,
+  check_order,
+)
 from aquila_jax.pipeline.reporting import make_report
 from aquila_jax.pipeline.stage import check_unchanged, is_done, run_stage
 
@@ -52,10 +56,13 @@ def run_pipeline(
     errors.TrainingStopped: on a loss that is not finite.
     Interrupted: after SIGTERM or SIGINT, when the step is saved.
   """
-  context = make_context(experiment, workdir, say=say)
   directories = {
     name: workdir / "stages" / name for name in experiment.pipeline
   }
+  to_do = [name for name, path in directories.items() if not is_done(path)]
+  check_order(experiment)
+  check_config(experiment, stages=to_do)
+  context = make_context(experiment, workdir, say=say)
 
   def locate(source: str) -> str:
     if source in directories:
@@ -73,9 +80,7 @@ def run_pipeline(
   }
   for name, directory in directories.items():
     check_unchanged(starts[name], directory)
-  did_nothing = all(map(is_done, directories.values()))
-  if not did_nothing:
-    check_pipeline(context, locate)
+  check_data(context, stages=to_do)
   records.write(workdir / "config.json", records.plain(experiment))
   for number, (name, directory) in enumerate(directories.items(), start=1):
     if not is_done(directory):
@@ -83,4 +88,4 @@ def run_pipeline(
     run_stage(starts[name], directory)
     evaluate_stage(context, name, directory)
   report, path = make_report(context, workdir, directories)
-  return Finished(report=report, report_path=path, did_nothing=did_nothing)
+  return Finished(report=report, report_path=path, did_nothing=not to_do)

@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C: finish the step, save, leave; a second one at once."""
+"""SIGTERM, Ctrl-C, a closed terminal: finish the step, save, leave.
+
+A second signal stops at once.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import signal
 import threading
 from types import FrameType
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupted(Exception):
@@ -34,9 +37,10 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-  """Notes SIGTERM and SIGINT while it is entered. A context manager.
+  """Notes SIGTERM, SIGINT and SIGHUP while it is entered. A context manager.
 
-  The first is noted in `received`, a second raises KeyboardInterrupt. Outside
+  The first is noted in `received`, a second raises
+  KeyboardInterrupt(number). Outside
   the main thread, where Python takes no signals, nothing is ever received.
   """
 
@@ -57,7 +61,7 @@ class StopSignals:
   def _receive(self, number: int, frame: FrameType | None) -> None:
     del frame
     if self.received is not None:
-      raise KeyboardInterrupt
+      raise KeyboardInterrupt(number)
     self.received = number
     # Not through a buffered stream: the handler may stand inside its write.
     os.write(2, b"\nfinishing the step and saving; once more stops at once\n")

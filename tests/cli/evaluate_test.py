@@ -146,6 +146,18 @@ def test_mistakes_are_refused(commands, dense, data, tmp_path):
         f"--data={gone!r}: there is no such file or folder; did you mean"
         f" {TEXT!r}?",
       ),
+      "an output that exists": (
+        ("evaluate", model, text, f"--output={tmp_path / 'empty.txt'}"),
+        f"--output={str(tmp_path / 'empty.txt')!r}: it exists; choose another",
+      ),
+      "a split of text": (
+        ("evaluate", model, text, output, "--split=validation"),
+        "--split=validation: is of prepared data; --data is text",
+      ),
+      "a language of prepared data": (
+        ("evaluate", model, f"--data={data}", output, "--language=fr"),
+        "--language=fr: is of text; --data is prepared data",
+      ),
       "longer rows than the context": (
         ("evaluate", model, text, output, "--sequence_length=65"),
         "--sequence_length=65: expected at most the model's context_length=64",

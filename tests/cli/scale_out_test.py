@@ -59,6 +59,8 @@ def test_mistakes_are_refused(commands, dense, data, tmp_path):
   damaged, taken = tmp_path / "damaged", tmp_path / "taken"
   tiny.damaged_copy(dense, damaged)
   taken.mkdir()
+  bare = tmp_path / "bare"
+  tiny.save(bare, dataclasses.replace(tiny.load(dense), moments=None))
   output = f"--output={tmp_path / 'new'}"
   source = f"--source={dense}"
   wrong = dense.parent / "dens"
@@ -83,6 +85,11 @@ def test_mistakes_are_refused(commands, dense, data, tmp_path):
         "--optimizer='growth' is unknown; did you mean 'grow'? (expected one of"
         " grow, reset)",
       ),
+      "an optimizer state that is not there": (
+        ("scale_out", f"--source={bare}", output, "--optimizer=grow"),
+        "--optimizer=grow: the source has no optimizer state; expected reset,"
+        " or no --optimizer",
+      ),
       "more than there are": (
         ("scale_out", source, output, "--num_experts=2", "--top_k=3"),
         "--top_k=3: need 1 <= top_k <= num_experts=2",
@@ -95,5 +102,5 @@ def test_mistakes_are_refused(commands, dense, data, tmp_path):
     f"aquila_jax: {damaged}/params: leaf 'embedding.table' is damaged: "
   )
   assert broken.err.count("\n") == 1
-  assert names(tmp_path) == ["damaged", "taken"]
+  assert names(tmp_path) == ["bare", "damaged", "taken"]
   assert names(taken) == []

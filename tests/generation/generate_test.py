@@ -10,12 +10,15 @@ import pytest
 from tokenizers import processors
 
 from aquila_jax.core import errors
+from aquila_jax.core.lineage import Lineage
+from aquila_jax.core.model_dir import StoredModel
 from aquila_jax.generation import decoding
 from aquila_jax.generation.generate import (
   end_of_text,
   generate,
   stream,
 )
+from aquila_jax.generation.generate import text_model as from_stored
 from aquila_jax.generation.sampling import Sampling
 from aquila_jax.models import decoder_lm
 from tests.generation.tiny import END_OF_TEXT, byte_tokenizer, text_model
@@ -186,3 +189,19 @@ def test_a_tokenizer_of_a_model_begins_every_text_with_its_end_of_text():
   templated = dataclasses.replace(model, tokenizer=tokenizer)
   empty, _ = generate(templated, ["", "ab"], sampling=GREEDY)
   assert len(empty.tokens) == 6
+
+
+def test_a_prompt_that_is_no_text_is_refused():
+  with pytest.raises(errors.UserError) as caught:
+    generate(text_model(False), ["a\udcff"], sampling=GREEDY)
+  assert str(caught.value) == "prompt='a\\udcff': is not valid UTF-8"
+
+
+def test_a_damaged_tokenizer_of_a_model_is_named():
+  model = text_model(False)
+  stored = StoredModel(
+    config=model.config, lineage=Lineage(), params=model.params, tokenizer="{}"
+  )
+  with pytest.raises(errors.UserError) as caught:
+    from_stored(stored)
+  assert str(caught.value).startswith("the MODEL's tokenizer.json is damaged: ")

@@ -5,7 +5,19 @@ from __future__ import annotations
 import pytest
 
 from aquila_jax.core import errors
-from aquila_jax.pipeline.preflight import check_pipeline
+from aquila_jax.pipeline.preflight import (
+  check_config,
+  check_data,
+  check_order,
+)
+
+
+def _check(kit, tmp_path, changes) -> None:
+  """What a run checks before its first step."""
+  experiment = kit.experiment(**changes)
+  check_order(experiment)
+  check_config(experiment, stages=experiment.pipeline)
+  check_data(kit.context(tmp_path, **changes), stages=experiment.pipeline)
 
 
 @pytest.mark.parametrize(
@@ -27,8 +39,8 @@ from aquila_jax.pipeline.preflight import check_pipeline
       " Scale-Out copies FFNs as they are, Scale-Up changes sizes",
     ),
     (
-      dict(stages__dense__model__vocab_size=256),
-      "config.stages.dense.model.vocab_size=256: expected at least 300, the"
+      dict(stages__control__model__vocab_size=256),
+      "config.stages.control.model.vocab_size=256: expected at least 300, the"
       " tokens of the data's tokenizer",
     ),
     (
@@ -69,13 +81,19 @@ from aquila_jax.pipeline.preflight import check_pipeline
   ],
 )
 def test_refused_by_name(kit, tmp_path, changes, message):
-  context = kit.context(tmp_path, **changes)
   with pytest.raises(errors.UserError) as caught:
-    check_pipeline(context, str)
+    _check(kit, tmp_path, changes)
   assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("stage", ["scale_up", "scale_out"])
 def test_new_only_is_accepted_where_an_ancestor_was_grown(kit, tmp_path, stage):
   changes = {f"stages__{stage}__train__freeze__new_only": True}
-  check_pipeline(kit.context(tmp_path, **changes), str)
+  _check(kit, tmp_path, changes)
+
+
+def test_what_needs_no_data_is_refused_before_there_are_any(kit, tmp_path):
+  warmup = dict(stages__control__train__optimizer__warmup_steps=99)
+  with pytest.raises(errors.UserError, match="warmup_steps=99: expected"):
+    kit.run(tmp_path / "run", data__prepared="", **warmup)
+  assert not (tmp_path / "run").exists()

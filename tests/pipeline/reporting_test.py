@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import jax
 import numpy as np
+import pytest
 
 from aquila_jax import version
+from aquila_jax.core import errors
 from aquila_jax.pipeline import reporting
 from aquila_jax.planning import counting
 
@@ -55,3 +58,18 @@ def test_the_card_and_the_rest_of_the_config_are_there(whole, kit):
     "fpi",
     "aki_pro",
   }
+
+
+def test_a_stage_that_lost_its_metrics_gets_no_report(whole, kit, tmp_path):
+  workdir = tmp_path / "copy"
+  shutil.copytree(whole.workdir, workdir)
+  lost = workdir / "stages/control/metrics.jsonl"
+  lost.unlink()
+  report = (workdir / "report.html").read_bytes()
+  with pytest.raises(errors.UserError) as caught:
+    kit.run(workdir)
+  assert str(caught.value) == (
+    f"{lost} is missing, so there is no report; delete {lost.parent} to have"
+    " the stage run again"
+  )
+  assert (workdir / "report.html").read_bytes() == report

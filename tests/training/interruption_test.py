@@ -9,15 +9,18 @@ import pytest
 from aquila_jax.training.interruption import Interrupted, StopSignals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+)
 def test_the_first_signal_is_noted_and_the_second_stops_at_once(number, capfd):
   before = signal.getsignal(number)
   with StopSignals() as signals:
     assert signals.received is None
     os.kill(os.getpid(), number)
     assert signals.received == number
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
       os.kill(os.getpid(), number)
+    assert caught.value.args == (number,)
   assert signal.getsignal(number) is before
   assert capfd.readouterr().err == (
     "\nfinishing the step and saving; once more stops at once\n"
