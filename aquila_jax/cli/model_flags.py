@@ -10,7 +10,7 @@ from absl import flags
 from etils import epath
 
 from aquila_jax.core import config as config_lib
-from aquila_jax.core import errors
+from aquila_jax.core import errors, files
 from aquila_jax.core.experiment_config import LARGEST_SEED, ExperimentConfig
 from aquila_jax.core.model_dir import StoredModel, load_model, save_model
 from aquila_jax.models import decoder_lm
@@ -150,9 +150,8 @@ def write_json(path: str | os.PathLike[str], tree: object) -> None:
   target = epath.Path(path).expanduser()
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.partial"
-    partial.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
-    partial.replace(target)
+    text = json.dumps(tree, indent=2, ensure_ascii=False)
+    files.replace_text(target, text + "\n")
   except OSError as error:
     raise errors.UserError(
       f"--output={str(path)!r}: cannot be written: {error.strerror}"

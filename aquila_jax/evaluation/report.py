@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from aquila_jax.core import files
 from aquila_jax.evaluation import (
   data_section,
   expert_plots,
@@ -40,15 +41,9 @@ def write_report(directory: epath.PathLike, report: ReportInput) -> epath.Path:
   numbers = json.dumps(
     summary.summary(report), indent=2, ensure_ascii=False, allow_nan=False
   )
-  _replace(target / "summary.json", numbers + "\n")
-  _replace(target / "report.html", render_report(report))
+  files.replace_text(target / "summary.json", numbers + "\n")
+  files.replace_text(target / "report.html", render_report(report))
   return target / "report.html"
-
-
-def _replace(path: epath.Path, content: str) -> None:
-  partial = path.parent / f".{path.name}.partial"
-  partial.write_text(content)
-  partial.replace(path)
 
 
 def render_report(report: ReportInput) -> str:

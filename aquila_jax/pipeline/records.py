@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from aquila_jax.core import config as config_lib
-from aquila_jax.core import errors
+from aquila_jax.core import errors, files
 
 Record = dict[str, Any]
 
@@ -17,9 +17,8 @@ Record = dict[str, Any]
 def write(path: epath.Path, record: Mapping[str, Any]) -> None:
   """Writes a record beside its place and renames it into it."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.parent / f".{path.name}.partial"
-  partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-  partial.replace(path)
+  text = json.dumps(record, indent=1, ensure_ascii=False)
+  files.replace_text(path, text + "\n")
 
 
 def read(path: epath.Path) -> Record | None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -90,13 +91,8 @@ def run_stage(
     records.write(directory / "stage.json", dataclasses.asdict(opening))
   else:
     opening = Opening(**found)
-  job = _job(start, opening, directory, evaluator=evaluator)
-  job = dataclasses.replace(
-    job,
-    initial=lambda: _initial_model(initial()),
-    profile_steps=profile_steps,
-  )
-  result = train(job)
+  job = _job(start, opening, directory, evaluator=evaluator, initial=initial)
+  result = train(dataclasses.replace(job, profile_steps=profile_steps))
   _finish(start, opening, result, directory, save_optimizer=save_optimizer)
 
 
@@ -209,6 +205,7 @@ def _job(
   directory: epath.Path,
   *,
   evaluator: Evaluator,
+  initial: Callable[[], StoredModel],
 ) -> TrainJob:
   context, stage = start.context, start.stage
   lineage = Lineage.from_json(opening.lineage)
@@ -222,7 +219,7 @@ def _job(
     workdir=directory,
     input=prepared_input(context.data, train=stage.train, seed=seed),
     data_state=_data_state(context, lineage, name=start.name),
-    initial=lambda: _initial_model(start.model()),
+    initial=lambda: _initial_model(initial()),
     flops_per_token=counting.train_flops_per_token(
       stage.model, stage.train.sequence_length
     ),

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 
-from aquila_jax.core import errors
+from aquila_jax.core import errors, files
 
 Row = dict[str, Any]
 
@@ -125,9 +125,7 @@ def _cut(path: epath.Path, *, last_step: int) -> None:
   if not path.exists():
     return
   kept = [row for row in read_rows(path) if row["step"] <= last_step]
-  partial = path.parent / f".{path.name}.partial"
-  partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-  partial.replace(path)
+  files.replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _strict(value: Any) -> Any:
