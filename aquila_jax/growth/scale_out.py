@@ -193,7 +193,7 @@ def _moments(
     mu' = mu / E        nu' = nu / (A E)
 
   (Were there no noise, nu' would be nu / E^2, E / A times less.) Measured on
-  the quickstart, E = 8 and A = 2: 0.057 to 0.058 of the dense mean square,
+  a longer quickstart, E = 8 and A = 2: 0.057 to 0.058 of the dense mean square,
   where 1 / (A E) is 0.0625 and 1 / E^2 0.0156 (benchmarks/upcycled_moments.py).
   The router has no past: zeros.
   """
