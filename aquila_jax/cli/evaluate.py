@@ -8,7 +8,6 @@ DATA is a directory of prepare_data, or text: a .txt, .jsonl[.gz|.zst] or
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
 
@@ -23,6 +22,7 @@ from aquila_jax.data.prepared import PreparedData
 from aquila_jax.data.tokenizer import Tokenizer
 from aquila_jax.evaluation.perplexity import evaluate
 from aquila_jax.evaluation.tables import scores_table
+from aquila_jax.generation.generate import end_of_text, text_model
 from aquila_jax.pipeline.context import say_on_stderr
 from aquila_jax.training.compilation import enable_compilation_cache
 
@@ -88,7 +88,7 @@ def _data(model: StoredModel) -> PreparedData:
   if (pathlib.Path(path).expanduser() / prepared.HEADER).exists():
     _refuse(_LANGUAGE, _TEXT_FIELD, why="is of text; --data is prepared data")
     data = PreparedData.open(path, what="--data")
-    if json.loads(data.tokenizer_text) != json.loads(model.tokenizer):
+    if not data.tokenizes_as(model.tokenizer):
       raise errors.UserError(
         f"--data={path!r}: it was prepared with another tokenizer than the"
         " model's; give the text itself, or data prepared with"
@@ -99,9 +99,7 @@ def _data(model: StoredModel) -> PreparedData:
   source = SourceConfig(
     path=path, language=_LANGUAGE.value, text_field=_TEXT_FIELD.value
   )
-  tokenizer = Tokenizer.from_text(
-    model.tokenizer, what=f"{_MODEL.value}/tokenizer.json"
-  )
+  tokenizer = _tokenizer(model)
   try:
     data = raw_text.tokenize(
       source,
@@ -116,6 +114,18 @@ def _data(model: StoredModel) -> PreparedData:
   if not data.tokens(_SPLIT.value):
     raise errors.UserError(f"--data={path!r}: there is no text in it")
   return data
+
+
+def _tokenizer(model: StoredModel) -> Tokenizer:
+  """The model's, framed as in training: end of text around every document."""
+  backend = text_model(model).tokenizer
+  token_id = end_of_text(backend)
+  what = f"{_MODEL.value}/tokenizer.json"
+  if token_id is None:
+    raise errors.UserError(f"{what}: names no token that ends a document")
+  return Tokenizer(
+    backend, end_of_text=backend.id_to_token(token_id), what=what
+  )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ Legend of axis letters, the same in annotations, einsums and comments:
   Q  rows per block
 
 Logical axis names are words: embed, kv_head, q_per_kv, head_dim, mlp, expert,
-vocab, layer.
+vocab, layer; shared_mlp and shared_expert are of the expert that every token
+meets beside the routed ones: its hidden width, and how many gates it has.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ AXIS_NAMES = (
   "head_dim",
   "mlp",
   "expert",
+  "shared_mlp",
+  "shared_expert",
 )
 
 

@@ -12,6 +12,51 @@ Dtype = Literal["float32", "bfloat16", "float64"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearRopeScaling:
+  """Every rotary frequency divided by `factor`: position interpolation.
+
+  Chen et al., arXiv 2306.15595.
+  """
+
+  kind: Literal["linear"] = "linear"
+  factor: float
+
+  def __post_init__(self):
+    require(self.factor > 0, f"factor={self.factor}: need > 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3RopeScaling:
+  """Low rotary frequencies divided by `factor`, high ones kept (Llama 3.1).
+
+  With w the wavelength of a frequency and C the original context length: kept
+  where w < C / high_freq_factor, divided where w > C / low_freq_factor, and
+  between the two a mixture that is linear in C / w.
+  """
+
+  kind: Literal["llama3"] = "llama3"
+  factor: float
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_context_length: int = 8192  # tokens
+
+  def __post_init__(self):
+    require(self.factor > 0, f"factor={self.factor}: need > 0")
+    require(
+      0 < self.low_freq_factor < self.high_freq_factor,
+      f"low_freq_factor={self.low_freq_factor}: need > 0 and below"
+      f" high_freq_factor={self.high_freq_factor}",
+    )
+    require(
+      self.original_context_length >= 1,
+      f"original_context_length={self.original_context_length}: need >= 1",
+    )
+
+
+RopeScaling = LinearRopeScaling | Llama3RopeScaling
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MoeConfig:
   """A mixture of experts in place of every dense FFN.
 
@@ -32,8 +77,16 @@ class MoeConfig:
   # Rows a block of the dropless dispatch; a group of rows that belongs to one
   # expert is padded to a multiple of it.
   block_size: int = 64
+  # Hidden width of one more expert that every token meets; 0 is none.
+  shared_expert_dim: int = 0
+  # Multiply its output by sigmoid(x w), as Qwen2-MoE does.
+  shared_expert_gate: bool = True
 
   def __post_init__(self):
+    require(
+      self.shared_expert_dim >= 0,
+      f"shared_expert_dim={self.shared_expert_dim}: need >= 0; 0 is none",
+    )
     require(self.num_experts >= 2, f"num_experts={self.num_experts}: need >= 2")
     require(
       1 <= self.top_k <= self.num_experts,
@@ -68,8 +121,14 @@ class ModelConfig:
   head_dim: int  # H
   context_length: int = 2048  # tokens; longest sequence the model is meant for
   rope_theta: float = 1e6
+  rope_scaling: RopeScaling | None = None
+  # Keys a query sees, its own among them; None is all.
+  sliding_window: int | None = None
   norm_epsilon: float = 1e-5
   qkv_bias: bool = True
+  out_bias: bool = False  # of the attention's output
+  # RMSNorm of every query and key head before RoPE, as in Qwen3.
+  qk_norm: bool = False
   tied_embeddings: bool = False
   init_std: float = 0.02
   moe: MoeConfig | None = None
@@ -101,6 +160,10 @@ class ModelConfig:
     require(
       self.head_dim % 2 == 0,
       f"head_dim={self.head_dim}: rotary embeddings need an even width",
+    )
+    require(
+      self.sliding_window is None or self.sliding_window >= 1,
+      f"sliding_window={self.sliding_window}: need >= 1, or None for all",
     )
     for name in ("rope_theta", "norm_epsilon", "init_std"):
       require(

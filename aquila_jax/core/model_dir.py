@@ -2,7 +2,8 @@
 
   MODEL/
     config.json      format, package version, architecture, lineage
-    tokenizer.json   of the text it was trained on
+    tokenizer.json   of the text it was trained on; an imported model may have
+                     come without one
     params/          one zarr3 directory a leaf (array_store.py)
     optimizer/       Adam's mu, nu and count, unless left out
     ema/             averaged parameters, where training kept them
@@ -40,9 +41,13 @@ class StoredModel:
   config: ModelConfig
   lineage: Lineage
   params: Params
-  tokenizer: str  # the text of tokenizer.json
+  # The text of tokenizer.json; None of an import that had none.
+  tokenizer: str | None
   moments: AdamMoments | None = None
   ema: Params | None = None
+  # Ids that end a text, where an imported model names them; none is the
+  # tokenizer's end of text.
+  stop_tokens: tuple[int, ...] = ()
 
 
 def save_model(path: str | os.PathLike[str], model: StoredModel, *, axes: Any):
@@ -72,14 +77,31 @@ def save_model(path: str | os.PathLike[str], model: StoredModel, *, axes: Any):
     )
   if model.ema is not None:
     array_store.write_tree(partial / "ema", model.ema, axes=axes)
-  (partial / "tokenizer.json").write_text(model.tokenizer)
+  if model.tokenizer is not None:
+    (partial / "tokenizer.json").write_text(model.tokenizer)
   (partial / "config.json").write_text(json.dumps(_header(model), indent=2))
   partial.rename(target)
 
 
-def read_header(
-  path: str | os.PathLike[str], *, what: str = "MODEL"
-) -> tuple[ModelConfig, Lineage]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Header:
+  """What config.json says of a MODEL."""
+
+  config: ModelConfig
+  lineage: Lineage
+  has_tokenizer: bool
+  stop_tokens: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TextHeader:
+  """The `text` section of config.json."""
+
+  tokenizer: bool = True
+  stop_tokens: tuple[int, ...] = ()
+
+
+def read_header(path: str | os.PathLike[str], *, what: str = "MODEL") -> Header:
   """The architecture and lineage of a MODEL directory, without its arrays.
 
   Args:
@@ -87,7 +109,7 @@ def read_header(
     what: the flag or field that named it, for messages.
 
   Returns:
-    The configuration and the lineage.
+    The header.
 
   Raises:
     errors.UserError: where `path` is not a whole MODEL directory.
@@ -119,7 +141,16 @@ def read_header(
     raise errors.UserError(
       f"{header_file}: format {stored_format}, this version reads {FORMAT}"
     )
-  return config.build(ModelConfig, model, path=f"{header_file}:model"), lineage
+  # Headers written before a MODEL could be without a tokenizer do not say.
+  text = config.build(
+    _TextHeader, header.get("text", {}), path=f"{header_file}:text"
+  )
+  return Header(
+    config=config.build(ModelConfig, model, path=f"{header_file}:model"),
+    lineage=lineage,
+    has_tokenizer=text.tokenizer,
+    stop_tokens=text.stop_tokens,
+  )
 
 
 def load_model(
@@ -146,20 +177,21 @@ def load_model(
       misshapen or damaged.
   """
   directory = epath.Path(path).expanduser()
-  model_config, lineage = read_header(path, what=what)
-  shapes = like(model_config)
+  header = read_header(path, what=what)
+  shapes = like(header.config)
   wide = _widened(shapes)
   moments = None
   if with_optimizer and (directory / "optimizer").exists():
     moments = _read_moments(directory / "optimizer", wide)
   ema = directory / "ema"
   return StoredModel(
-    config=model_config,
-    lineage=lineage,
+    config=header.config,
+    lineage=header.lineage,
     params=array_store.read_tree(directory / "params", shapes),
-    tokenizer=read_tokenizer(directory),
+    tokenizer=read_tokenizer(directory) if header.has_tokenizer else None,
     moments=moments,
     ema=array_store.read_tree(ema, wide) if ema.exists() else None,
+    stop_tokens=header.stop_tokens,
   )
 
 
@@ -181,6 +213,10 @@ def _header(model: StoredModel) -> dict[str, Any]:
     "package_version": version.VERSION,
     "model": config.to_dict(model.config),
     "lineage": model.lineage.to_json(),
+    "text": {
+      "tokenizer": model.tokenizer is not None,
+      "stop_tokens": list(model.stop_tokens),
+    },
   }
 
 

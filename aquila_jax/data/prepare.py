@@ -29,6 +29,7 @@ from aquila_jax.core.experiment_config import (
   DataConfig,
   SourceConfig,
 )
+from aquila_jax.core.packages import Progress
 from aquila_jax.data import (
   card,
   cleaning,
@@ -37,7 +38,6 @@ from aquila_jax.data import (
   sources,
   token_store,
 )
-from aquila_jax.data.corpora import Progress
 from aquila_jax.data.formats import ProblemLog
 from aquila_jax.data.sources import OpenSource
 from aquila_jax.data.spool import Spool

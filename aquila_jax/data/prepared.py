@@ -138,6 +138,16 @@ class PreparedData:
     """Sorted; a batch gives a language as an index into them."""
     return tuple(sorted({s.language for s in self.sources.values()}))
 
+  def tokenizes_as(self, tokenizer_text: str | None) -> bool:
+    """Whether a MODEL's tokenizer.json is the tokenizer of this data.
+
+    What stands in front of a text does not count: data has end_of_text there,
+    an imported tokenizer may have nothing.
+    """
+    return tokenizer_text is not None and self.tokenizer().equals(
+      tokenizer_text
+    )
+
   def tokenizer(self) -> Tokenizer:
     return self._tokenizer
 

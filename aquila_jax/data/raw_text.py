@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 
 from aquila_jax.core.experiment_config import SourceConfig
+from aquila_jax.core.packages import Progress
 from aquila_jax.data import cleaning, prepared, sources, token_store
-from aquila_jax.data.corpora import Progress
 from aquila_jax.data.formats import ProblemLog
 from aquila_jax.data.prepared import PreparedData, PreparedSource, Split
 from aquila_jax.data.tokenizer import Tokenizer

@@ -15,10 +15,10 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from aquila_jax.core import errors
+from aquila_jax.core import errors, packages
 from aquila_jax.core.experiment_config import SourceConfig
+from aquila_jax.core.packages import Progress
 from aquila_jax.data import corpora, formats
-from aquila_jax.data.corpora import Progress
 from aquila_jax.data.formats import Document, ProblemLog, ReadOptions
 
 _CORPUS = "corpus:"
@@ -75,7 +75,7 @@ def open_source(
   if source.path.startswith(_CORPUS):
     name = source.path.removeprefix(_CORPUS)
     corpus = corpora.lookup(name, field=path_field)
-    archive = corpora.fetch(corpus, progress=progress)
+    archive = packages.fetch(corpus, progress=progress)
     return OpenSource(
       documents=(
         Document(entry.text, entry.file, entry.line)

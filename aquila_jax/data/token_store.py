@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from aquila_jax.core import errors
-from aquila_jax.data import corpora
+from aquila_jax.core import errors, packages
 
 _SHARD_BYTES = 256 * 2**20
 _LENGTHS = "documents.bin"
@@ -207,7 +206,7 @@ def verify(folder: pathlib.Path, record: dict[str, Any]) -> None:
   """
   for entry in (record["lengths"], *record["shards"]):
     path = folder / entry["file"]
-    if corpora.file_sha256(path) != entry["sha256"]:
+    if packages.file_sha256(path) != entry["sha256"]:
       raise errors.UserError(
         f"{path} is damaged: its SHA-256 differs from dataset.json; prepare the"
         " data again"

@@ -199,6 +199,14 @@ class Tokenizer:
     """The content of a tokenizer.json."""
     return self._backend.to_str()
 
+  def equals(self, text: str) -> bool:
+    """Whether `text`, a tokenizer.json, is this one but for its beginning."""
+    try:
+      other = Tokenizer.from_text(text, end_of_text=self.end_of_text)
+    except errors.UserError:  # no tokenizer, or without that token
+      return False
+    return json.loads(other.to_text()) == json.loads(self.to_text())
+
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes a tokenizer.json."""
     pathlib.Path(path).write_text(self.to_text(), encoding="utf-8")

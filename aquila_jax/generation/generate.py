@@ -45,6 +45,10 @@ def text_model(stored: StoredModel) -> TextModel:
   Raises:
     errors.UserError: where its tokenizer cannot be read.
   """
+  if stored.tokenizer is None:
+    raise errors.UserError(
+      "the MODEL has no tokenizer.json; import it again with --tokenizer"
+    )
   try:
     tokenizer = Tokenizer.from_str(stored.tokenizer)
   # The library raises nothing narrower for a text that it cannot read.

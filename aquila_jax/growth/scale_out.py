@@ -112,6 +112,7 @@ def scale_out(
     lineage=source.lineage.then(event),
     params=params,
     tokenizer=source.tokenizer,
+    stop_tokens=source.stop_tokens,
     moments=moments,
     ema=ema,
   )
@@ -132,6 +133,12 @@ def check_pair(
     )
   if target.moe is None:
     raise errors.UserError(f"{path}.moe=None: expected the experts to make")
+  shared = target.moe.shared_expert_dim
+  if shared:
+    raise errors.UserError(
+      f"{path}.moe.shared_expert_dim={shared}: expected 0;"
+      " sparse upcycling makes routed experts only"
+    )
   for field in dataclasses.fields(ModelConfig):
     given, needed = getattr(target, field.name), getattr(source, field.name)
     if field.name not in _FREE and given != needed:

@@ -54,8 +54,12 @@ _KEPT = {
   "head_dim": "RoPE turns each pair of a head at a rate of its own, so heads"
   " grow in number, not in width",
   "rope_theta": "another base turns every head",
+  "rope_scaling": "another scaling turns every head",
+  "sliding_window": "another window sees other keys",
   "norm_epsilon": "another epsilon changes every norm",
   "qkv_bias": "growth adds no leaves",
+  "out_bias": "growth adds no leaves",
+  "qk_norm": "growth adds no leaves",
   "tied_embeddings": "growth adds no leaves",
   "moe": "Scale-Out makes experts",
 }
@@ -293,6 +297,7 @@ def scale_up(
     lineage=source.lineage.then(event),
     params=_as_declared(params, target),
     tokenizer=source.tokenizer,
+    stop_tokens=source.stop_tokens,
     moments=moments,
     ema=ema,
   )

@@ -12,6 +12,7 @@ from aquila_jax.core import axes, dtypes
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.types import Leaf
 from aquila_jax.layers import rotary
+from aquila_jax.layers.norm import RMSNorm
 
 
 class KVCache(struct.PyTreeNode):
@@ -31,6 +32,7 @@ def causal_mask(
   key_segments: Int[Array, "B S"],
   *,
   offset: Int[Array, ""] | int = 0,
+  window: int | None = None,
 ) -> Bool[Array, "B T S"]:
   """Query t may see key s iff s <= t + offset and both are of one document.
 
@@ -41,13 +43,17 @@ def causal_mask(
     query_segments: the document number of every query token.
     key_segments: the same of every key token.
     offset: the slot of query token 0 among the keys.
+    window: how many slots back a query sees, its own among them; None is all.
 
   Returns:
     True where attention is allowed.
   """
   num_queries, num_keys = query_segments.shape[1], key_segments.shape[1]
   query_slot = jnp.arange(num_queries)[:, None] + offset
-  past = jnp.arange(num_keys)[None, :] <= query_slot
+  key_slot = jnp.arange(num_keys)[None, :]
+  past = key_slot <= query_slot
+  if window is not None:
+    past &= key_slot > query_slot - window
   same = query_segments[:, :, None] == key_segments[:, None, :]
   return past[None] & same
 
@@ -74,7 +80,10 @@ def attend(
 
 
 class Attention(nn.Module):
-  """Grouped-query attention (arXiv 2305.13245) with RoPE, optional QKV bias.
+  """Grouped-query attention (arXiv 2305.13245) with RoPE.
+
+  Options: biases, RMSNorm of every query and key head in front of RoPE
+  (`qk_norm`), and a sliding window.
 
   A query kernel is [D, K, G, H]: head growth inside the groups is plain growth
   of its `q_per_kv` axis.
@@ -96,20 +105,43 @@ class Attention(nn.Module):
     query = self._project("query", x, head_axes=("kv_head", "q_per_kv"))
     key = self._project("key", x, head_axes=("kv_head",))
     value = self._project("value", x, head_axes=("kv_head",))
+    if config.qk_norm:
+      query, key = self._norm("query", query), self._norm("key", key)
     tables = rotary.rotary_tables(
-      positions, head_dim=config.head_dim, theta=config.rope_theta
+      positions,
+      head_dim=config.head_dim,
+      theta=config.rope_theta,
+      scaling=config.rope_scaling,
     )
     query, key = rotary.rotate(query, tables), rotary.rotate(key, tables)
     if cache is None:
-      mask = causal_mask(segments, segments)
+      mask = causal_mask(segments, segments, window=config.sliding_window)
     else:
       mask_offset = cache.length
       cache = _append(cache, key=key, value=value, segments=segments)
       key, value = cache.key, cache.value
-      mask = causal_mask(segments, cache.segments, offset=mask_offset)
+      mask = causal_mask(
+        segments,
+        cache.segments,
+        offset=mask_offset,
+        window=config.sliding_window,
+      )
     heads = attend(query, key, value, mask=mask)
-    out = self._kernel("out", ("kv_head", "q_per_kv", "head_dim"), "embed")
-    return jnp.einsum("BTKGH,KGHD->BTD", heads, out.astype(x.dtype)), cache
+    kernel = self._kernel("out", ("kv_head", "q_per_kv", "head_dim"), "embed")
+    out = jnp.einsum("BTKGH,KGHD->BTD", heads, kernel.astype(x.dtype))
+    if config.out_bias:
+      out = out + self._bias("out", ("embed",)).astype(x.dtype)[None, None]
+    return out, cache
+
+  def _norm(
+    self, name: str, heads: Float[Array, "B T *heads H"]
+  ) -> Float[Array, "B T *heads H"]:
+    return RMSNorm(
+      epsilon=self.config.norm_epsilon,
+      scale_axis=axes.writes("head_dim"),
+      param_dtype=jnp.dtype(self.config.param_dtype),
+      name=f"{name}_norm",
+    )(heads)
 
   def _project(
     self, name: str, x: Float[Array, "B T D"], *, head_axes: tuple[str, ...]
@@ -128,14 +160,19 @@ class Attention(nn.Module):
     )
     heads = jnp.tensordot(x, kernel.astype(x.dtype), axes=1)
     if config.qkv_bias:
-      bias = self.param(
-        f"{name}_bias",
-        axes.declare(nn.initializers.zeros, written),
-        tuple(sizes),
-        jnp.dtype(config.param_dtype),
-      )
+      bias = self._bias(name, (*head_axes, "head_dim"))
       heads = heads + bias.astype(x.dtype)[None, None]
     return heads
+
+  def _bias(
+    self, name: str, written: tuple[str, ...]
+  ) -> Float[Array, "*written"]:
+    return self.param(
+      f"{name}_bias",
+      axes.declare(nn.initializers.zeros, [axes.writes(a) for a in written]),
+      tuple(self._size(axis) for axis in written),
+      jnp.dtype(self.config.param_dtype),
+    )
 
   def _kernel(
     self, name: str, read: tuple[str, ...], written: str

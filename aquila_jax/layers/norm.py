@@ -19,7 +19,8 @@ class RMSNorm(nn.Module):
 
   Attributes:
     epsilon: added to the mean square.
-    scale_axis: `axes.writes("embed")` or `axes.reads("embed")`.
+    scale_axis: `axes.writes("embed")` or `axes.reads("embed")`; of queries and
+      keys `axes.writes("head_dim")`.
     param_dtype: of the scale.
   """
 
@@ -28,7 +29,7 @@ class RMSNorm(nn.Module):
   param_dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+  def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
     scale = self.param(
       "scale",
       axes.declare(nn.initializers.ones, [self.scale_axis]),
@@ -40,4 +41,5 @@ class RMSNorm(nn.Module):
     wide = x.astype(dtype)
     variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     normed = wide * jax.lax.rsqrt(variance + self.epsilon)
-    return (normed * scale.astype(dtype)[None, None, :]).astype(x.dtype)
+    scale = jnp.expand_dims(scale.astype(dtype), tuple(range(x.ndim - 1)))
+    return (normed * scale).astype(x.dtype)

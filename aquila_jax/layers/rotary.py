@@ -2,18 +2,61 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from aquila_jax.core import dtypes
+from aquila_jax.core.model_config import (
+  LinearRopeScaling,
+  Llama3RopeScaling,
+  RopeScaling,
+)
+
+
+def frequency_divisors(
+  scaling: RopeScaling | None, *, head_dim: int, theta: float
+) -> Float[np.ndarray, " H2"]:
+  """What each of the H / 2 rotary frequencies is divided by; ones for None.
+
+  The rules are in the docstrings of the `RopeScaling` classes; Llama 3's is in
+  no paper, only in its published code.
+  """
+  if scaling is None:
+    return np.ones(head_dim // 2)
+  if isinstance(scaling, LinearRopeScaling):
+    return np.full(head_dim // 2, scaling.factor)
+  assert isinstance(scaling, Llama3RopeScaling)
+  wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  turns = scaling.original_context_length / wavelength
+  kept = np.clip((turns - low) / (high - low), 0, 1)  # 1 is kept, 0 divided
+  return 1 / (kept + (1 - kept) / scaling.factor)
 
 
 def rotary_tables(
-  positions: Int[Array, "B T"], *, head_dim: int, theta: float
+  positions: Int[Array, "B T"],
+  *,
+  head_dim: int,
+  theta: float,
+  scaling: RopeScaling | None = None,
 ) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
-  """Cosine and sine of position * theta^(-2i / H), float32, H2 = H / 2."""
+  """Cosine and sine of position * theta^(-2i / H), float32, H2 = H / 2.
+
+  Args:
+    positions: of the tokens.
+    head_dim: H.
+    theta: the base.
+    scaling: divides the frequencies; None leaves them.
+
+  Returns:
+    The two tables.
+  """
   exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  frequency = theta**-exponent
+  divisors = frequency_divisors(scaling, head_dim=head_dim, theta=theta)
+  frequency = theta**-exponent / jnp.asarray(divisors, jnp.float32)
   angle = positions.astype(jnp.float32)[..., None] * frequency[None, None, :]
   return jnp.cos(angle), jnp.sin(angle)
 

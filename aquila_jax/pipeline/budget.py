@@ -72,5 +72,5 @@ def _flops_with_ancestors(experiment: ExperimentConfig, name: str) -> float:
   source = source_of(stage)
   if source:
     what = f"config.stages.{name}.init"
-    own += read_header(source, what=what)[1].flops
+    own += read_header(source, what=what).lineage.flops
   return own

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 
 import jax
@@ -20,7 +19,12 @@ from aquila_jax.core.experiment_config import (
 )
 from aquila_jax.core.lineage import Event, Lineage
 from aquila_jax.core.model_config import ModelConfig
-from aquila_jax.core.model_dir import StoredModel, load_model, read_tokenizer
+from aquila_jax.core.model_dir import (
+  StoredModel,
+  load_model,
+  read_header,
+  read_tokenizer,
+)
 from aquila_jax.growth.scale_out import scale_out
 from aquila_jax.growth.scale_up import scale_up
 from aquila_jax.models import decoder_lm
@@ -120,8 +124,13 @@ def check_tokenizer(context: Context, path: str, *, what: str) -> None:
   Raises:
     errors.UserError: saying what to do.
   """
-  text = read_tokenizer(path)
-  if json.loads(text) != json.loads(context.data.tokenizer_text):
+  has_tokenizer = read_header(path, what=what).has_tokenizer
+  if not has_tokenizer:
+    raise errors.UserError(
+      f"{what}={path!r}: it has no tokenizer.json, so its tokens cannot be"
+      " compared with the data's; import it with --tokenizer"
+    )
+  if not context.data.tokenizes_as(read_tokenizer(path)):
     raise errors.UserError(
       f"{what}={path!r}: its tokenizer is not the data's; give"
       f" config.data.tokenizer.path='{path}/tokenizer.json' and prepare the"

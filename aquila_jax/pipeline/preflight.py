@@ -128,7 +128,8 @@ def _check_start(experiment: ExperimentConfig, name: str) -> NewIndices | None:
     # It may not be trained yet.
     config, lineage = experiment.stages[source].model, Lineage()
   else:
-    config, lineage = read_header(source, what=field)
+    header = read_header(source, what=field)
+    config, lineage = header.config, header.lineage
   if isinstance(init, ScaleOut):
     scale_out.check_pair(config, stage.model, path=path)
     return _inherited(experiment, source, lineage)

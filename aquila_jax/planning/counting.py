@@ -35,6 +35,7 @@ PARTS = (
   "attention scores",
   "ffn",
   "experts",
+  "shared expert",
   "router",
   "norms",
   "lm_head",
@@ -156,6 +157,8 @@ def _part(axes: LeafAxes) -> str:
   if axes.has("vocab"):
     is_table = axes.has("vocab", Role.NEITHER)
     return "embedding" if is_table else "lm_head"
+  if axes.has("shared_mlp") or axes.has("shared_expert"):
+    return "shared expert"
   if axes.has("expert"):
     return "router" if axes.has("expert", Role.WRITES) else "experts"
   if axes.has("kv_head"):

@@ -26,6 +26,8 @@ STORAGE = {
   "head_dim": None,
   "mlp": "tensor",
   "expert": "expert",
+  "shared_mlp": "tensor",
+  "shared_expert": None,
 }
 
 # Where the user sets the size of an axis that must be divided evenly. `vocab`
@@ -36,6 +38,7 @@ _SIZE_FIELDS = {
   "kv_head": "model.num_kv_heads",
   "mlp": "model.mlp_dim",
   "expert": "model.moe.num_experts",
+  "shared_mlp": "model.moe.shared_expert_dim",
 }
 
 

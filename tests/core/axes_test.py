@@ -16,7 +16,8 @@ def test_unknown_axis_name_is_refused():
     axes.reads("width")
   assert str(error.value) == (
     "axis name 'width' is not one of ('layer', 'vocab', 'embed', 'kv_head',"
-    " 'q_per_kv', 'head_dim', 'mlp', 'expert')"
+    " 'q_per_kv', 'head_dim', 'mlp', 'expert',"
+    " 'shared_mlp', 'shared_expert')"
   )
 
 

@@ -102,10 +102,30 @@ def test_header_describes_the_model(tmp_path):
   assert header["format"] == 1
   assert header["package_version"] == version.VERSION
   assert header["model"]["moe"]["num_experts"] == 2
-  assert model_dir.read_header(tmp_path / "model") == (
-    CONFIG,
-    _model().lineage,
+  assert model_dir.read_header(tmp_path / "model") == model_dir.Header(
+    config=CONFIG,
+    lineage=_model().lineage,
+    has_tokenizer=True,
+    stop_tokens=(),
   )
+
+
+def test_a_model_without_a_tokenizer_and_with_stop_tokens(tmp_path):
+  stored = dataclasses.replace(_model(), tokenizer=None, stop_tokens=(2, 7))
+  model_dir.save_model(tmp_path / "model", stored, axes=AXES)
+  assert not (tmp_path / "model" / "tokenizer.json").exists()
+  loaded = _load(tmp_path / "model")
+  assert loaded.tokenizer is None
+  assert loaded.stop_tokens == (2, 7)
+
+
+def test_a_header_from_before_tokenizers_were_optional(tmp_path):
+  model_dir.save_model(tmp_path / "model", _model(), axes=AXES)
+  file = tmp_path / "model" / "config.json"
+  header = json.loads(file.read_text())
+  del header["text"]
+  file.write_text(json.dumps(header))
+  assert _load(tmp_path / "model").tokenizer == _model().tokenizer
 
 
 def test_nothing_is_overwritten(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 from tokenizers import normalizers
 
+from aquila_jax.core import packages
 from aquila_jax.data import card, cleaning, corpora
 from aquila_jax.data import prepare as prepare_lib
 from aquila_jax.data.extraction import Entry
@@ -439,7 +440,7 @@ def test_the_licence_is_in_the_card(kit, monkeypatch):
     corpora.CORPORA["jionlp"], extract=lambda path: iter(entries)
   )
   monkeypatch.setitem(corpora.CORPORA, "jionlp", corpus)
-  monkeypatch.setattr(corpora, "fetch", lambda corpus, progress: kit.folder)
+  monkeypatch.setattr(packages, "fetch", lambda corpus, progress: kit.folder)
   sources = {}
   for number, licence in enumerate(("CC0-1.0", "not stated")):
     own = kit.texts(20, seed=10 + number)

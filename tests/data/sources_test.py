@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from aquila_jax.core import errors
+from aquila_jax.core import errors, packages
 from aquila_jax.core.experiment_config import SourceConfig
 from aquila_jax.data import corpora, sources
 from aquila_jax.data.extraction import Entry
@@ -96,7 +96,7 @@ def test_a_place_without_text_is_named(tmp_path):
 
 def test_a_corpus_brings_its_licence(monkeypatch, tmp_path):
   corpus = corpora.CORPORA["jionlp"]
-  monkeypatch.setattr(corpora, "fetch", lambda corpus, progress: tmp_path)
+  monkeypatch.setattr(packages, "fetch", lambda corpus, progress: tmp_path)
   corpus = dataclasses.replace(
     corpus, extract=lambda path: iter([Entry("t", "f", 7)])
   )

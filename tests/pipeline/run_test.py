@@ -68,8 +68,9 @@ def test_every_stage_leaves_its_files(whole):
 
 
 def test_the_lineage_of_the_mixture_is_the_whole_story(whole):
-  config, lineage = read_header(whole.workdir / "stages/scale_out/model")
-  assert config.moe is not None
+  header = read_header(whole.workdir / "stages/scale_out/model")
+  lineage = header.lineage
+  assert header.config.moe is not None
   assert [(e.kind, e.name, e.steps) for e in lineage.events] == [
     ("scratch", "dense", 0),
     ("train", "dense", 4),
@@ -82,8 +83,10 @@ def test_the_lineage_of_the_mixture_is_the_whole_story(whole):
 
 
 def test_the_control_starts_from_nothing_with_the_same_flops(whole):
-  _, own = read_header(whole.workdir / "stages/scale_out/model")
-  _, control = read_header(whole.workdir / "stages/control/model")
+  own, control = (
+    read_header(whole.workdir / "stages" / name / "model").lineage
+    for name in ("scale_out", "control")
+  )
   assert [event.kind for event in control.events] == ["scratch", "train"]
   a_step = control.flops / control.steps
   assert abs(control.flops - own.flops) <= a_step / 2

@@ -12,10 +12,14 @@ from aquila_jax.core.types import RoutingStats
 from aquila_jax.kernels.expert_ffn import api as expert_ffn
 from aquila_jax.layers import feed_forward
 from aquila_jax.layers.moe import dispatch, losses, router
+from aquila_jax.layers.moe.shared_expert import SharedExpert
 
 
 class MoeFeedForward(nn.Module):
-  """sum over a token's A experts of gate * expert(x), in place of an FFN."""
+  """sum over a token's A experts of gate * expert(x), in place of an FFN.
+
+  Where the config has one, a shared expert is added to the sum.
+  """
 
   config: ModelConfig
 
@@ -38,6 +42,9 @@ class MoeFeedForward(nn.Module):
       num_blocks=plan.num_blocks,
     )
     out = dispatch.combine_rows(rows, plan, gates=routing.gates)
+    if moe.shared_expert_dim:
+      shared = SharedExpert(self.config, name="shared")(tokens)
+      out = out + shared * routing.valid[:, None].astype(shared.dtype)
     stats = losses.routing_stats(routing, kept=plan.kept)
     return out.reshape(x.shape), stats
 
