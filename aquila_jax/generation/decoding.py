@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.types import Leaf, Params
@@ -35,7 +35,7 @@ class Decoding(struct.PyTreeNode):
   tokens: Leaf  # int [B N]; N is a bound on the new tokens
   count: Leaf  # int []; of the columns of `tokens` that are filled
   lengths: Leaf  # int [B]; tokens of the prompts
-  finished: Leaf  # bool [B]; the row's last token was the stop token
+  finished: Leaf  # bool [B]; the row has chosen a stop token
 
 
 def inference_config(
@@ -103,7 +103,7 @@ def prefill(
   lengths: Int[Array, "B"],
   *,
   chooser: sampling.Chooser,
-  stop_token: Int[Array, ""],
+  stop_tokens: Int[Array, "stops"],
   max_new_tokens: int,
 ) -> Decoding:
   """Reads the prompts and chooses the first token.
@@ -114,7 +114,7 @@ def prefill(
     prompts: each ends in the last column; what is before it is padding.
     lengths: tokens of each prompt, at least 1.
     chooser: of `sampling.make_chooser`.
-    stop_token: ends a row; -1 is none.
+    stop_tokens: each ends a row; -1 is none.
     max_new_tokens: N, the room for new tokens.
 
   Returns:
@@ -141,7 +141,7 @@ def prefill(
     tokens=tokens.at[:, 0].set(first),
     count=count + 1,
     lengths=lengths,
-    finished=first == stop_token,
+    finished=_among(first, stop_tokens),
   )
 
 
@@ -151,7 +151,7 @@ def advance(
   state: Decoding,
   *,
   chooser: sampling.Chooser,
-  stop_token: Int[Array, ""],
+  stop_tokens: Int[Array, "stops"],
 ) -> Decoding:
   """Reads the last token of every row and chooses the next.
 
@@ -174,8 +174,14 @@ def advance(
     cache=cache,
     tokens=tokens,
     count=state.count + 1,
-    finished=state.finished | (chosen == stop_token),
+    finished=state.finished | _among(chosen, stop_tokens),
   )
+
+
+def _among(
+  tokens: Int[Array, "B"], stop_tokens: Int[Array, "stops"]
+) -> Bool[Array, "B"]:
+  return jnp.any(tokens[:, None] == stop_tokens[None], axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_new_tokens"))
@@ -186,7 +192,7 @@ def decode_all(
   lengths: Int[Array, "B"],
   *,
   chooser: sampling.Chooser,
-  stop_token: Int[Array, ""],
+  stop_tokens: Int[Array, "stops"],
   limit: Int[Array, ""],
   max_new_tokens: int,
 ) -> tuple[Int[Array, "B N"], Int[Array, ""]]:
@@ -203,7 +209,7 @@ def decode_all(
     prompts,
     lengths,
     chooser=chooser,
-    stop_token=stop_token,
+    stop_tokens=stop_tokens,
     max_new_tokens=max_new_tokens,
   )
 
@@ -212,7 +218,7 @@ def decode_all(
 
   def one_step(state):
     return advance(
-      config, params, state, chooser=chooser, stop_token=stop_token
+      config, params, state, chooser=chooser, stop_tokens=stop_tokens
     )
 
   state = jax.lax.while_loop(goes_on, one_step, state)

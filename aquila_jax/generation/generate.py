@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from aquila_jax.core import errors
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.model_dir import StoredModel
 from aquila_jax.core.types import Params
-from aquila_jax.generation import decoding
-from aquila_jax.generation.sampling import Chooser, Sampling, make_chooser
+from aquila_jax.generation import tokens as tokens_lib
+from aquila_jax.generation.sampling import Sampling
 
-# Prompts are padded to a power of two from here on, so that prompts of similar
-# lengths share a program.
-_SHORTEST_BUCKET = 16
 # Names under which tokenizers keep the token that ends a document.
 _END_OF_TEXT = (
   "<|endoftext|>",
@@ -37,6 +33,8 @@ class TextModel:
   config: ModelConfig
   params: Params
   tokenizer: Tokenizer
+  # Ids that end a text; () is the tokenizer's end of text.
+  stop_tokens: tuple[int, ...] = ()
 
 
 def text_model(stored: StoredModel) -> TextModel:
@@ -58,7 +56,10 @@ def text_model(stored: StoredModel) -> TextModel:
       f"the MODEL's tokenizer.json is damaged: {reason}"
     ) from error
   return TextModel(
-    config=stored.config, params=stored.params, tokenizer=tokenizer
+    config=stored.config,
+    params=stored.params,
+    tokenizer=tokenizer,
+    stop_tokens=stored.stop_tokens,
   )
 
 
@@ -67,8 +68,8 @@ class Generation:
   """The continuation of one prompt."""
 
   text: str  # without the prompt
-  tokens: tuple[int, ...]  # without the stop token
-  # It met the stop token, max_new_tokens, or the model's context_length.
+  tokens: tuple[int, ...]  # without the prompt and the stop token
+  # It met a stop token, max_new_tokens, or the model's context_length.
   ended_by: Literal["stop", "length", "context"]
 
   @property
@@ -97,23 +98,25 @@ def generate(
     errors.UserError: on a prompt of no tokens, or one that leaves no room in
       the model's context.
   """
-  if not prompts:
-    return []
-  request = _prepare(model, prompts, sampling=sampling)
-  tokens, count = decoding.decode_all(
+  ids = encode_prompts(
+    prompts,
+    tokenizer=model.tokenizer,
+    context_length=model.config.context_length,
+  )
+  rows = tokens_lib.generate_tokens(
     model.config,
     model.params,
-    request.prompts,
-    request.lengths,
-    chooser=request.chooser,
-    stop_token=request.stop_token,
-    limit=request.limit,
-    max_new_tokens=request.room,
+    ids,
+    sampling=_with_stop_tokens(model, sampling),
+    vocab_size=model.tokenizer.get_vocab_size(),
   )
-  rows = np.asarray(tokens)[:, : int(count)]
   return [
-    request.generation(model, row, chosen.tolist())
-    for row, chosen in enumerate(rows)
+    Generation(
+      text=_continuation(model.tokenizer, prompt, row.tokens),
+      tokens=row.tokens,
+      ended_by=row.ended_by,
+    )
+    for prompt, row in zip(ids, rows, strict=True)
   ]
 
 
@@ -135,32 +138,47 @@ def stream(
   Raises:
     errors.UserError: as `generate`.
   """
-  request = _prepare(model, [prompt], sampling=sampling)
-  fixed: dict[str, Any] = dict(
-    chooser=request.chooser, stop_token=request.stop_token
+  tokenizer = model.tokenizer
+  (ids,) = encode_prompts(
+    [prompt], tokenizer=tokenizer, context_length=model.config.context_length
   )
-  state = decoding.prefill_once(
+  known = tokens_lib.stream_tokens(
     model.config,
     model.params,
-    request.prompts,
-    request.lengths,
-    max_new_tokens=request.room,
-    **fixed,
+    ids,
+    sampling=_with_stop_tokens(model, sampling),
+    vocab_size=tokenizer.get_vocab_size(),
   )
-  shown = ""
-  for count in range(1, int(request.limit) + 1):
-    chosen = np.asarray(state.tokens)[0, :count].tolist()
-    done = bool(state.finished[0]) or count == int(request.limit)
-    text = request.generation(model, 0, chosen).text
+  shown = text = ""
+  for one in known:
+    text = _continuation(tokenizer, ids, one.tokens)
     # The last character may be the first bytes of one that is not complete.
-    if not done and text.endswith(_REPLACEMENT):
-      text = text[:-1]
-    if text.startswith(shown) and len(text) > len(shown):
-      yield text[len(shown) :]
-      shown = text
-    if done:
-      return
-    state = decoding.advance_once(model.config, model.params, state, **fixed)
+    whole = text[:-1] if text.endswith(_REPLACEMENT) else text
+    if whole.startswith(shown) and len(whole) > len(shown):
+      yield whole[len(shown) :]
+      shown = whole
+  if text.startswith(shown) and len(text) > len(shown):
+    yield text[len(shown) :]
+
+
+def stop_tokens(model: TextModel) -> tuple[int, ...]:
+  """What ends a text where `Sampling.stop_tokens` says nothing.
+
+  The model's own ids, or where it names none its tokenizer's end of text.
+  """
+  if model.stop_tokens:
+    return model.stop_tokens
+  token = end_of_text(model.tokenizer)
+  return () if token is None else (token,)
+
+
+def _with_stop_tokens(model: TextModel, sampling: Sampling) -> Sampling:
+  if sampling.stop_tokens is not None:
+    return sampling
+  # A tokenizer may know ids that the model has no row for.
+  size = model.config.vocab_size
+  possible = tuple(t for t in stop_tokens(model) if t < size)
+  return dataclasses.replace(sampling, stop_tokens=possible)
 
 
 def end_of_text(tokenizer: Tokenizer) -> int | None:
@@ -180,69 +198,6 @@ def end_of_text(tokenizer: Tokenizer) -> int | None:
   if len(special) == 1:
     return next(iter(special.values()))
   return next((special[name] for name in _END_OF_TEXT if name in special), None)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Request:
-  """Prompts and options as the programs take them."""
-
-  prompt_ids: list[list[int]]
-  prompts: np.ndarray  # int32 [B T]; padded on the left
-  lengths: np.ndarray  # int32 [B]
-  chooser: Chooser
-  stop_token: np.ndarray  # int32 []
-  limit: np.ndarray  # int32 []; new tokens of a row, at most
-  room: int  # N, a power of two >= limit
-  max_new_tokens: int
-  context_length: int
-
-  def generation(
-    self, model: TextModel, row: int, chosen: list[int]
-  ) -> Generation:
-    """What became of a row, from all tokens chosen for it."""
-    room = self.context_length - len(self.prompt_ids[row])
-    ended_by = "length" if room >= self.max_new_tokens else "context"
-    chosen = chosen[:room]
-    stop = int(self.stop_token)
-    if stop in chosen:
-      chosen, ended_by = chosen[: chosen.index(stop)], "stop"
-    text = _continuation(model.tokenizer, self.prompt_ids[row], chosen)
-    return Generation(text=text, tokens=tuple(chosen), ended_by=ended_by)
-
-
-def _prepare(
-  model: TextModel, prompts: Sequence[str], *, sampling: Sampling
-) -> _Request:
-  config, tokenizer = model.config, model.tokenizer
-  ids = encode_prompts(
-    prompts, tokenizer=tokenizer, context_length=config.context_length
-  )
-  width = _power_of_two(max(_SHORTEST_BUCKET, *map(len, ids)))
-  padded = np.zeros((len(ids), width), np.int32)
-  for row, tokens in zip(padded, ids, strict=True):
-    row[width - len(tokens) :] = tokens
-  stop = sampling.stop_token
-  if stop is None:
-    stop = end_of_text(tokenizer)
-  # No row has more room than the one with the shortest prompt.
-  limit = min(
-    sampling.max_new_tokens, config.context_length - min(map(len, ids))
-  )
-  return _Request(
-    prompt_ids=ids,
-    prompts=padded,
-    lengths=np.asarray([len(row) for row in ids], np.int32),
-    chooser=make_chooser(
-      sampling,
-      batch_size=len(ids),
-      vocab_size=min(tokenizer.get_vocab_size(), config.vocab_size),
-    ),
-    stop_token=np.asarray(-1 if stop is None else stop, np.int32),
-    limit=np.asarray(limit, np.int32),
-    room=_power_of_two(limit),
-    max_new_tokens=sampling.max_new_tokens,
-    context_length=config.context_length,
-  )
 
 
 def encode_prompts(
@@ -285,13 +240,9 @@ def _check_prompt(prompt: str, length: int, *, context_length: int) -> None:
     )
 
 
-def _power_of_two(number: int) -> int:
-  return 1 << (number - 1).bit_length()
-
-
 def _continuation(
-  tokenizer: Tokenizer, prompt: list[int], tokens: list[int]
+  tokenizer: Tokenizer, prompt: list[int], tokens: Sequence[int]
 ) -> str:
   """The text that `tokens` add; a decoder may treat a beginning otherwise."""
   before = tokenizer.decode(prompt)
-  return tokenizer.decode(prompt + tokens)[len(before) :]
+  return tokenizer.decode([*prompt, *tokens])[len(before) :]

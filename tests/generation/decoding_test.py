@@ -64,7 +64,7 @@ def test_a_finished_row_does_not_disturb_the_other():
       left_padded(PROMPTS, 8),
       jnp.asarray([3, 7], jnp.int32),
       chooser=chooser,
-      stop_token=jnp.asarray(stop_token, jnp.int32),
+      stop_tokens=jnp.asarray([stop_token], jnp.int32),
       limit=jnp.asarray(8, jnp.int32),
       max_new_tokens=8,
     )
@@ -90,7 +90,7 @@ def test_the_loop_ends_when_every_row_has_stopped():
       model.params,
       left_padded(PROMPTS[:1], 8),
       jnp.asarray([3], jnp.int32),
-      stop_token=jnp.asarray(stop_token, jnp.int32),
+      stop_tokens=jnp.asarray([stop_token], jnp.int32),
       max_new_tokens=8,
       **fixed,
     )

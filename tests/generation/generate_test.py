@@ -16,6 +16,7 @@ from aquila_jax.generation import decoding
 from aquila_jax.generation.generate import (
   end_of_text,
   generate,
+  stop_tokens,
   stream,
 )
 from aquila_jax.generation.generate import text_model as from_stored
@@ -23,7 +24,7 @@ from aquila_jax.generation.sampling import Sampling
 from aquila_jax.models import decoder_lm
 from tests.generation.tiny import END_OF_TEXT, byte_tokenizer, text_model
 
-GREEDY = Sampling(max_new_tokens=6, temperature=0.0, stop_token=-1)
+GREEDY = Sampling(max_new_tokens=6, temperature=0.0, stop_tokens=())
 
 
 def test_greedy_is_the_argmax_loop_without_a_cache(model, uncached_logits):
@@ -60,7 +61,7 @@ def test_stops_before_the_stop_token(model):
   (free,) = generate(model, ["x"], sampling=GREEDY)
   stop = free.tokens[3]
   (found,) = generate(
-    model, ["x"], sampling=dataclasses.replace(GREEDY, stop_token=stop)
+    model, ["x"], sampling=dataclasses.replace(GREEDY, stop_tokens=(stop,))
   )
   assert found.tokens == free.tokens[: free.tokens.index(stop)]
   assert found.finished
@@ -78,6 +79,33 @@ def test_the_tokenizers_end_of_text_is_the_stop_token():
   for row in rows:
     assert END_OF_TEXT not in row.tokens
     assert row.finished == (len(row.tokens) < 63)
+
+
+def test_the_models_own_stop_tokens_come_before_the_tokenizers():
+  model = text_model(False)
+  assert stop_tokens(model) == (END_OF_TEXT,)
+  (free,) = generate(model, ["x"], sampling=GREEDY)
+  stop = free.tokens[3]
+  own = dataclasses.replace(model, stop_tokens=(9999, stop))
+  assert stop_tokens(own) == (9999, stop)
+  unsaid = dataclasses.replace(GREEDY, stop_tokens=None)
+  (found,) = generate(own, ["x"], sampling=unsaid)
+  assert found.tokens == free.tokens[: free.tokens.index(stop)]
+  assert found.ended_by == "stop"
+  # What the options say comes before both.
+  assert generate(own, ["x"], sampling=GREEDY) == [free]
+
+
+def test_a_text_model_has_the_stop_tokens_of_its_model():
+  model = text_model(False)
+  stored = StoredModel(
+    config=model.config,
+    lineage=Lineage(),
+    params=model.params,
+    tokenizer=model.tokenizer.to_str(),
+    stop_tokens=(3, 4),
+  )
+  assert from_stored(stored).stop_tokens == (3, 4)
 
 
 def test_end_of_text_is_the_only_special_token_or_a_usual_name():
@@ -140,7 +168,7 @@ def test_a_character_of_three_tokens_comes_as_one_piece(monkeypatch):
   )
   for name in ("prefill_once", "advance_once"):
     monkeypatch.setattr(decoding, name, lambda *_, **__: state)
-  sampling = Sampling(max_new_tokens=5, temperature=0.0, stop_token=-1)
+  sampling = Sampling(max_new_tokens=5, temperature=0.0, stop_tokens=())
   pieces = list(stream(model, "p", sampling=sampling))
   assert pieces == ["a", "例", "b"]
 
@@ -148,7 +176,7 @@ def test_a_character_of_three_tokens_comes_as_one_piece(monkeypatch):
 def test_streaming_stops_at_the_stop_token():
   model = text_model(False)
   (free,) = generate(model, ["x"], sampling=GREEDY)
-  sampling = dataclasses.replace(GREEDY, stop_token=free.tokens[2])
+  sampling = dataclasses.replace(GREEDY, stop_tokens=(free.tokens[2],))
   (whole,) = generate(model, ["x"], sampling=sampling)
   assert "".join(stream(model, "x", sampling=sampling)) == whole.text
 

@@ -14,13 +14,15 @@ from aquila_jax.generation.sampling import Sampling
 STEP = jnp.zeros((), jnp.int32)
 
 
-def numpy_nucleus(logits: np.ndarray, top_p: float) -> set[int]:
+def numpy_nucleus(logits: np.ndarray, top_p: float, top_k: int = 0) -> set[int]:
   """Tokens taken from the most probable on until their mass is top_p."""
   weights = np.exp(logits.astype(np.float64) - logits.max())
+  if top_k:
+    weights[np.argsort(-logits, kind="stable")[top_k:]] = 0.0
   probability = weights / weights.sum()
   kept, mass = set(), 0.0
   for token in sorted(range(len(logits)), key=lambda i: -probability[i]):
-    if mass >= top_p:
+    if mass >= top_p or not weights[token]:
       break
     kept.add(token)
     mass += probability[token]
@@ -47,6 +49,34 @@ def test_nucleus_keeps_the_smallest_set_that_holds_top_p(top_p, seed):
   for row in range(2):
     chosen = set(np.asarray(order)[row][np.asarray(kept)[row]].tolist())
     assert chosen == numpy_nucleus(logits[row], top_p)
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
+@pytest.mark.parametrize("top_k", [1, 3, 39, 40, 2**31 - 1])
+def test_the_nucleus_is_of_what_top_k_kept(top_p, top_k):
+  logits = np.random.default_rng(top_k).normal(0, 2, 40).astype(np.float32)
+  kept, order = sampling.nucleus(
+    jnp.asarray(logits)[None],
+    jnp.asarray(top_p, jnp.float32),
+    top_k=jnp.asarray(top_k, jnp.int32),
+  )
+  chosen = set(np.asarray(order)[0][np.asarray(kept)[0]].tolist())
+  assert chosen == numpy_nucleus(logits, top_p, top_k)
+  assert len(chosen) <= top_k
+
+
+def test_top_k_renormalises_before_top_p():
+  # Of 0.4, 0.3 and 0.2 alone the first two are 7/9, at least 0.75; of all four
+  # they are 0.7, and the third is needed.
+  row = np.log([0.4, 0.3, 0.2, 0.1])
+  for top_k, expected in ((0, {0, 1, 2}), (3, {0, 1}), (1, {0})):
+    chosen = choose_many(row, rows=400, top_k=top_k, top_p=0.75)
+    assert set(chosen.tolist()) == expected
+
+
+def test_top_k_of_equals_takes_the_lowest_ids():
+  chosen = choose_many([1.0, 1.0, 1.0, 0.0], rows=200, top_k=2)
+  assert set(chosen.tolist()) == {0, 1}
 
 
 def test_nucleus_of_even_logits_takes_the_lowest_ids():
@@ -137,6 +167,11 @@ def test_a_row_draws_the_same_whatever_the_size_of_the_batch():
     (dict(max_new_tokens=0), "max_new_tokens=0: need >= 1"),
     (dict(temperature=-0.5), "temperature=-0.5: need >= 0"),
     (dict(temperature=float("nan")), "temperature=nan: need >= 0"),
+    (dict(top_k=-1), "top_k=-1: need >= 0; 0 keeps all"),
+    (
+      dict(stop_tokens=(2, -1)),
+      "stop_tokens=(2, -1): need ids >= 0; () never stops",
+    ),
     (dict(top_p=0.0), "top_p=0.0: need 0 < top_p <= 1"),
     (dict(top_p=1.5), "top_p=1.5: need 0 < top_p <= 1"),
   ],
@@ -151,9 +186,9 @@ def test_only_greedy_selects_a_program():
   structures = {
     jax.tree.structure(
       sampling.make_chooser(
-        Sampling(temperature=t, top_p=p), batch_size=2, vocab_size=5
+        Sampling(temperature=t, top_p=p, top_k=k), batch_size=2, vocab_size=5
       )
     )
-    for t, p in ((0.5, 0.9), (1.0, 1.0), (0.0, 1.0))
+    for t, p, k in ((0.5, 0.9, 0), (1.0, 1.0, 3), (0.0, 1.0, 0))
   }
   assert len(structures) == 2

@@ -1,0 +1,254 @@
+"""Ids from ids: what `generate` does for texts, for callers without texts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from aquila_jax.core import errors
+from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.core.types import Params
+from aquila_jax.generation import decoding
+from aquila_jax.generation.sampling import Chooser, Sampling, make_chooser
+
+# Prompts are padded to a power of two from here on, so that prompts of similar
+# lengths share a program; so are the stop tokens.
+_SHORTEST_BUCKET = 16
+_FEWEST_STOPS = 4
+
+TokenRows = Sequence[Sequence[int]] | Int[np.ndarray, "B T"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenGeneration:
+  """The continuation of one prompt of ids."""
+
+  tokens: tuple[int, ...]  # without the prompt and the stop token
+  # It met a stop token, max_new_tokens, or the model's context_length.
+  ended_by: Literal["stop", "length", "context"]
+
+
+def generate_tokens(
+  config: ModelConfig,
+  params: Params,
+  prompts: TokenRows,
+  *,
+  sampling: Sampling,
+  mask: Bool[np.ndarray, "rows columns"] | None = None,
+  row_ids: Sequence[int] | None = None,
+  vocab_size: int | None = None,
+) -> list[TokenGeneration]:
+  """Continues every prompt; the rows do not see each other.
+
+  A prompt's continuation does not depend on where its padding stands, nor on
+  what else is in the batch. A mixture of experts runs dropless, whatever
+  capacity it was trained with.
+
+  One program serves all prompts whose number is the same and whose longest
+  and `max_new_tokens` round up to the same powers of two.
+
+  Args:
+    config: of the model.
+    params: of the model.
+    prompts: ids, in lists of any lengths or, with `mask`, in an array that is
+      padded on the left, on the right, or both.
+    sampling: the options. There is no tokenizer here, so that
+      `stop_tokens=None` is none.
+    mask: True where `prompts` holds an id that counts; None is everywhere.
+    row_ids: the number of each prompt, which with `sampling.seed` makes its
+      random key; None counts from 0. A prompt gives the same alone as in a
+      batch under the same number.
+    vocab_size: ids from here on are never chosen; None is all of the model's.
+
+  Returns:
+    One continuation a prompt, in order.
+
+  Raises:
+    errors.UserError: on a prompt of no ids, of ids the model does not have, or
+      that leaves no room in the model's context.
+  """
+  rows = _unpadded(prompts, mask)
+  if not rows:
+    return []
+  request = _prepare(
+    config, rows, sampling=sampling, row_ids=row_ids, vocab_size=vocab_size
+  )
+  tokens, count = decoding.decode_all(
+    config,
+    params,
+    request.prompts,
+    request.lengths,
+    chooser=request.chooser,
+    stop_tokens=request.stop_tokens,
+    limit=request.limit,
+    max_new_tokens=request.room,
+  )
+  chosen = np.asarray(tokens)[:, : int(count)].tolist()
+  return [request.ended(row, ids) for row, ids in enumerate(chosen)]
+
+
+def stream_tokens(
+  config: ModelConfig,
+  params: Params,
+  prompt: Sequence[int],
+  *,
+  sampling: Sampling,
+  vocab_size: int | None = None,
+) -> Iterator[TokenGeneration]:
+  """Continues one prompt: what is known of it after every new token.
+
+  Args:
+    config: of the model.
+    params: of the model.
+    prompt: ids.
+    sampling: the options, as for `generate_tokens`.
+    vocab_size: ids from here on are never chosen; None is all of the model's.
+
+  Yields:
+    The continuation so far, the last of which `generate_tokens` gives. Only
+    the `ended_by` of the last has a meaning.
+
+  Raises:
+    errors.UserError: as `generate_tokens`.
+  """
+  request = _prepare(config, [prompt], sampling=sampling, vocab_size=vocab_size)
+  fixed: dict[str, Any] = dict(
+    chooser=request.chooser, stop_tokens=request.stop_tokens
+  )
+  state = decoding.prefill_once(
+    config,
+    params,
+    request.prompts,
+    request.lengths,
+    max_new_tokens=request.room,
+    **fixed,
+  )
+  limit = int(request.limit)
+  for count in range(1, limit + 1):
+    known = request.ended(0, np.asarray(state.tokens)[0, :count].tolist())
+    done = bool(state.finished[0]) or count == limit
+    if not done:
+      # Computes while the caller shows the token.
+      state = decoding.advance_once(config, params, state, **fixed)
+    yield known
+    if done:
+      return
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Request:
+  """Prompts and options as the programs take them."""
+
+  prompts: np.ndarray  # int32 [B T]; padded on the left
+  lengths: np.ndarray  # int32 [B]
+  chooser: Chooser
+  stop_tokens: np.ndarray  # int32 [stops]; padded with -1
+  limit: np.ndarray  # int32 []; new tokens of a row, at most
+  room: int  # N, a power of two >= limit
+  max_new_tokens: int
+  context_length: int
+
+  def ended(self, row: int, chosen: list[int]) -> TokenGeneration:
+    """What became of a row, from all tokens chosen for it."""
+    room = self.context_length - int(self.lengths[row])
+    chosen = chosen[:room]
+    stops = set(self.stop_tokens.tolist())
+    for place, token in enumerate(chosen):
+      if token in stops:
+        return TokenGeneration(tokens=tuple(chosen[:place]), ended_by="stop")
+    return TokenGeneration(
+      tokens=tuple(chosen),
+      ended_by="length" if room >= self.max_new_tokens else "context",
+    )
+
+
+def _prepare(
+  config: ModelConfig,
+  prompts: Sequence[Sequence[int]],
+  *,
+  sampling: Sampling,
+  row_ids: Sequence[int] | None = None,
+  vocab_size: int | None = None,
+) -> _Request:
+  _check(config, prompts, sampling=sampling)
+  if row_ids is not None and len(row_ids) != len(prompts):
+    raise errors.UserError(
+      f"row_ids: has {len(row_ids)} numbers; need one for each of the"
+      f" {len(prompts)} prompts"
+    )
+  lengths = np.asarray([len(row) for row in prompts], np.int32)
+  width = _power_of_two(max(_SHORTEST_BUCKET, int(lengths.max())))
+  padded = np.zeros((len(prompts), width), np.int32)
+  for row, tokens in zip(padded, prompts, strict=True):
+    row[width - len(tokens) :] = tokens
+  stops = sampling.stop_tokens or ()
+  padded_stops = np.full(
+    _power_of_two(max(_FEWEST_STOPS, len(stops))), -1, np.int32
+  )
+  padded_stops[: len(stops)] = stops
+  # No row has more room than the one with the shortest prompt.
+  limit = min(
+    sampling.max_new_tokens, config.context_length - int(lengths.min())
+  )
+  return _Request(
+    prompts=padded,
+    lengths=lengths,
+    chooser=make_chooser(
+      sampling,
+      batch_size=len(prompts),
+      vocab_size=min(vocab_size or config.vocab_size, config.vocab_size),
+      row_ids=None if row_ids is None else np.asarray(row_ids, np.int32),
+    ),
+    stop_tokens=padded_stops,
+    limit=np.asarray(limit, np.int32),
+    room=_power_of_two(limit),
+    max_new_tokens=sampling.max_new_tokens,
+    context_length=config.context_length,
+  )
+
+
+def _unpadded(
+  prompts: TokenRows, mask: Bool[np.ndarray, "rows columns"] | None
+) -> list[list[int]]:
+  """The ids of every row, without its padding."""
+  if mask is None:
+    return [np.asarray(row).tolist() for row in prompts]
+  array = np.asarray(prompts)
+  if array.shape != mask.shape:
+    raise errors.UserError(
+      f"mask: has shape {mask.shape}; need that of prompts, {array.shape}"
+    )
+  return [row[kept].tolist() for row, kept in zip(array, mask, strict=True)]
+
+
+def _check(
+  config: ModelConfig, prompts: Sequence[Sequence[int]], *, sampling: Sampling
+) -> None:
+  size, context = config.vocab_size, config.context_length
+  for row, ids in enumerate(prompts):
+    if not ids:
+      raise errors.UserError(f"prompts[{row}]: has no tokens; need at least 1")
+    if len(ids) >= context:
+      raise errors.UserError(
+        f"prompts[{row}]: has {len(ids)} tokens; expected fewer than the"
+        f" model's context_length={context}"
+      )
+    for token in ids:
+      if not 0 <= token < size:
+        raise errors.UserError(
+          f"prompts[{row}]: has the id {token}; need 0 <= id <"
+          f" vocab_size={size}"
+        )
+  for token in sampling.stop_tokens or ():
+    if token >= size:
+      raise errors.UserError(
+        f"stop_tokens={sampling.stop_tokens}: need ids < vocab_size={size}"
+      )
+
+
+def _power_of_two(number: int) -> int:
+  return 1 << (number - 1).bit_length()
