@@ -26,12 +26,42 @@ _PROGRAM = "aquila_jax"
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
+def run_with_name(main: Callable[[str | None], None]) -> NoReturn:
+  """`run` for a command that takes a name beside its flags.
+
+  Args:
+    main: the command; is given the name, or None.
+  """
+
+  def with_name(names: Sequence[str]) -> None:
+    _refuse_arguments(names[1:])
+    main(names[0] if names else None)
+
+  _run(with_name)
+
+
 def run(main: Callable[[], None]) -> NoReturn:
   """Parses the command line, runs `main`, and ends the process.
 
   Args:
     main: the command; takes its flags from absl.
   """
+
+  def without_arguments(given: Sequence[str]) -> None:
+    _refuse_arguments(given)
+    main()
+
+  _run(without_arguments)
+
+
+def _refuse_arguments(given: Sequence[str]) -> None:
+  if given:
+    raise errors.UserError(
+      f"{given[0]!r} is no flag; expected --name=value, and --help lists them"
+    )
+
+
+def _run(main: Callable[[Sequence[str]], None]) -> NoReturn:
   # `--config.a.b=value` is for config_door; absl gets the rest.
   arguments = config_door.take_overrides(sys.argv)
   for name in _own_flags():
@@ -53,14 +83,12 @@ def run(main: Callable[[], None]) -> NoReturn:
   raise AssertionError("app.run does not return")
 
 
-def _guarded(main: Callable[[], None], argv: Sequence[str]) -> NoReturn:
+def _guarded(
+  main: Callable[[Sequence[str]], None], argv: Sequence[str]
+) -> NoReturn:
   _show_own_log()
   try:
-    if len(argv) > 1:
-      raise errors.UserError(
-        f"{argv[1]!r} is no flag; expected --name=value, and --help lists them"
-      )
-    main()
+    main(argv[1:])
   except errors.UserError as error:
     _end(2, str(error))
   except errors.TrainingStopped as error:

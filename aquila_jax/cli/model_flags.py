@@ -6,14 +6,17 @@ import json
 import os
 from typing import Any, TypeVar
 
-from absl import flags
+import tokenizers
+from absl import flags, logging
 from etils import epath
 
 from aquila_jax.core import config as config_lib
 from aquila_jax.core import errors, files
 from aquila_jax.core.experiment_config import LARGEST_SEED, ExperimentConfig
 from aquila_jax.core.model_dir import StoredModel, load_model, save_model
+from aquila_jax.interop.import_model import Checkpoint, import_model
 from aquila_jax.models import decoder_lm
+from aquila_jax.pipeline.context import say_on_stderr
 from aquila_jax.planning import counting
 
 T = TypeVar("T")
@@ -32,6 +35,66 @@ def define_seed(meaning: str) -> flags.FlagHolder[int]:
     "seed", 0, meaning, lower_bound=0, upper_bound=LARGEST_SEED
   )
   return holder
+
+
+def define_param_dtype() -> flags.FlagHolder[str]:
+  """Defines --param_dtype, for the commands that import."""
+  holder: Any = flags.DEFINE_enum(
+    "param_dtype",
+    "",
+    ["", "float32", "bfloat16"],
+    "Of the parameters and of computing; the source's own by default, float32"
+    " of what is quantized.",
+  )
+  return holder
+
+
+def read_tokenizer_flag(path: str) -> str | None:
+  """The text of --tokenizer, or None where it was not given.
+
+  Raises:
+    errors.UserError: where it cannot be read.
+  """
+  if not path:
+    return None
+  try:
+    text = epath.Path(path).expanduser().read_text(encoding="utf-8")
+    tokenizers.Tokenizer.from_str(text)
+  # The library raises nothing narrower for a text that it cannot read.
+  except Exception as error:
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    raise errors.UserError(
+      f"--tokenizer={path!r}: cannot be read ({reason}); expected a"
+      " tokenizer.json"
+    ) from error
+  return text
+
+
+def import_checkpoint(
+  checkpoint: Checkpoint,
+  output: str,
+  *,
+  parent: str,
+  tokenizer: str | None = None,
+) -> None:
+  """Writes the MODEL of --output from a checkpoint, and says what it is."""
+  if checkpoint.unknown:
+    logging.warning(
+      "not understood, and left out: %s", ", ".join(checkpoint.unknown)
+    )
+  stored = import_model(
+    checkpoint,
+    output,
+    parent=parent,
+    tokenizer=tokenizer,
+    progress=say_on_stderr,
+  )
+  if stored.tokenizer is None:
+    logging.warning(
+      "the source has no tokenizer.json, and the MODEL has none;"
+      " --tokenizer=FILE gives it one"
+    )
+  print(f"{output}: {checkpoint.family}, {describe(stored)}")
 
 
 def stage_name(

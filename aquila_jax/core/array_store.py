@@ -42,6 +42,57 @@ def chunk_shape(
   return tuple(chunk)
 
 
+class TreeWriter:
+  """Writes a tree of arrays leaf by leaf, or slice by slice of a leaf.
+
+  Nothing is kept in memory. `close` refuses a tree that is not complete.
+
+  Args:
+    directory: made here; it must not exist.
+    like: nested dicts with string keys, of anything with `shape` and `dtype`.
+    axes: the `LeafAxes` of every leaf; decides the chunks.
+  """
+
+  def __init__(self, directory: epath.Path, like: Any, *, axes: Any):
+    directory.mkdir(parents=True)
+    self._directory = directory
+    self._leaves = _named_leaves(like)
+    leaf_axes = dict(_named_leaves(axes))
+    self._stores = {}
+    self._missing = {}
+    for keys, leaf in self._leaves:
+      dtype = jnp.dtype(leaf.dtype)
+      chunk = chunk_shape(leaf.shape, leaf_axes[keys], itemsize=dtype.itemsize)
+      metadata = _zarr_metadata(leaf.shape, dtype, chunk)
+      self._stores[".".join(keys)] = ts.open(
+        _spec(directory, keys) | {"metadata": metadata}, create=True
+      ).result()
+      self._missing[".".join(keys)] = math.prod(leaf.shape)
+
+  def write(
+    self, name: str, value: Any, *, index: tuple[int, ...] = ()
+  ) -> None:
+    """Writes leaf[index] = value.
+
+    Args:
+      name: the keys of the leaf, joined by dots.
+      value: of the leaf's dtype, and of its shape behind `index`.
+      index: of the leading dimensions; none is the whole leaf.
+    """
+    store, value = self._stores[name], np.asarray(value)
+    assert value.dtype == store.dtype.numpy_dtype, (name, value.dtype)
+    assert value.shape == store.shape[len(index) :], (name, value.shape)
+    (store[index] if index else store).write(value).result()
+    self._missing[name] -= value.size
+
+  def close(self) -> None:
+    """Writes Orbax's metadata; every element must have been written once."""
+    wrong = {name: n for name, n in self._missing.items() if n}
+    assert not wrong, f"elements not written, or written twice: {wrong}"
+    metadata = json.dumps(_orbax_metadata(self._leaves))
+    (self._directory / "_METADATA").write_text(metadata)
+
+
 def write_tree(directory: epath.Path, tree: Any, *, axes: Any) -> None:
   """Writes every leaf of a nested dict of arrays, then Orbax's metadata.
 
@@ -50,24 +101,84 @@ def write_tree(directory: epath.Path, tree: Any, *, axes: Any) -> None:
     tree: nested dicts with string keys and array leaves.
     axes: the `LeafAxes` of every leaf; decides the chunks.
   """
-  directory.mkdir(parents=True)
-  leaves = _named_leaves(tree)
-  leaf_axes = dict(_named_leaves(axes))
-  writes = []
-  for keys, leaf in leaves:
-    value = np.asarray(leaf)
-    chunk = chunk_shape(
-      value.shape, leaf_axes[keys], itemsize=value.dtype.itemsize
-    )
-    spec = _spec(directory, keys) | {
-      "metadata": _zarr_metadata(value.shape, value.dtype, chunk)
+  writer = TreeWriter(directory, tree, axes=axes)
+  for keys, leaf in _named_leaves(tree):
+    writer.write(".".join(keys), leaf)
+  writer.close()
+
+
+class TreeReader:
+  """Reads a tree of arrays leaf by leaf, or slice by slice of a leaf.
+
+  Args:
+    directory: of `write_tree`, or an Orbax checkpoint of that layout.
+    like: nested dicts of anything with `shape` and `dtype`.
+
+  Raises:
+    errors.UserError: on a leaf that is missing, left over, or of another shape
+      or dtype; it names the leaf.
+  """
+
+  def __init__(self, directory: epath.Path, like: Any):
+    if not directory.is_dir():
+      raise errors.UserError(f"{directory} is missing; this MODEL is not whole")
+    wanted = dict(_named_leaves(like))
+    stored = {
+      child.name
+      for child in directory.iterdir()
+      if (child / "zarr.json").exists()
     }
-    store = ts.open(spec, create=True).result()
-    writes.append(store.write(value))
-  for write in writes:
-    write.result()
-  metadata = json.dumps(_orbax_metadata(leaves))
-  (directory / "_METADATA").write_text(metadata)
+    for name in sorted(stored - {".".join(keys) for keys in wanted}):
+      raise errors.UserError(f"{directory}: leaf {name!r} is not of this model")
+    self._directory = directory
+    self._stores = {}
+    for keys, leaf in wanted.items():
+      name = ".".join(keys)
+      if name not in stored:
+        raise errors.UserError(f"{directory}: leaf {name!r} is missing")
+      try:
+        store = ts.open(_spec(directory, keys), open=True).result()
+      except ValueError as error:
+        raise _damaged(directory, name, error) from error
+      found = (tuple(store.shape), store.dtype.numpy_dtype)
+      needed = (tuple(leaf.shape), jnp.dtype(leaf.dtype))
+      if found != needed:
+        raise errors.UserError(
+          f"{directory}: leaf {name!r} is {found[1]}{list(found[0])}, the"
+          f" configuration needs {needed[1]}{list(needed[0])}"
+        )
+      self._stores[name] = store
+
+  def start(self, name: str, *, index: tuple[int, ...] = ()) -> Any:
+    """Begins to read leaf[index]; `finish` waits for it."""
+    store = self._stores[name]
+    return (store[index] if index else store).read()
+
+  def finish(self, name: str, read: Any) -> np.ndarray:
+    """What `start` began.
+
+    Raises:
+      errors.UserError: where its bytes fail their checksum.
+    """
+    try:
+      return np.asarray(read.result())
+    except ValueError as error:
+      raise _damaged(self._directory, name, error) from error
+
+  def read(self, name: str, *, index: tuple[int, ...] = ()) -> np.ndarray:
+    """leaf[index].
+
+    Args:
+      name: the keys of the leaf, joined by dots.
+      index: of the leading dimensions; none is the whole leaf.
+
+    Returns:
+      The array.
+
+    Raises:
+      errors.UserError: where its bytes fail their checksum.
+    """
+    return self.finish(name, self.start(name, index=index))
 
 
 def read_tree(directory: epath.Path, like: Any) -> Any:
@@ -84,40 +195,15 @@ def read_tree(directory: epath.Path, like: Any) -> Any:
     errors.UserError: on a leaf that is missing, left over, of another shape or
       dtype, or whose bytes fail their checksum; it names the leaf.
   """
-  if not directory.is_dir():
-    raise errors.UserError(f"{directory} is missing; this MODEL is not whole")
-  wanted = dict(_named_leaves(like))
-  stored = {
-    child.name
-    for child in directory.iterdir()
-    if (child / "zarr.json").exists()
-  }
-  for name in sorted(stored - {".".join(keys) for keys in wanted}):
-    raise errors.UserError(f"{directory}: leaf {name!r} is not of this model")
-  reads = {}
-  for keys, leaf in wanted.items():
-    name = ".".join(keys)
-    if name not in stored:
-      raise errors.UserError(f"{directory}: leaf {name!r} is missing")
-    try:
-      store = ts.open(_spec(directory, keys), open=True).result()
-    except ValueError as error:
-      raise _damaged(directory, name, error) from error
-    found = (tuple(store.shape), store.dtype.numpy_dtype)
-    needed = (tuple(leaf.shape), jnp.dtype(leaf.dtype))
-    if found != needed:
-      raise errors.UserError(
-        f"{directory}: leaf {name!r} is {found[1]}{list(found[0])}, the"
-        f" configuration needs {needed[1]}{list(needed[0])}"
-      )
-    reads[keys] = store.read()
-  values = {}
-  for keys, read in reads.items():
-    try:
-      values[keys] = jnp.asarray(read.result())
-    except ValueError as error:
-      raise _damaged(directory, ".".join(keys), error) from error
-  return _nested(values)
+  reader = TreeReader(directory, like)
+  keys = [keys for keys, _ in _named_leaves(like)]
+  reads = {k: reader.start(".".join(k)) for k in keys}
+  return _nested(
+    {
+      k: jnp.asarray(reader.finish(".".join(k), read))
+      for k, read in reads.items()
+    }
+  )
 
 
 def _damaged(

@@ -10,7 +10,7 @@ from typing import Any
 class Event:
   """One transform or one stretch of training."""
 
-  kind: str  # "scratch", "scale_up", "scale_out" or "train"
+  kind: str  # "scratch", "import", "scale_up", "scale_out" or "train"
   name: str = ""  # of the stage
   parent: str = ""  # the MODEL it came from, as it was given
   # Of a transform, all its options; of training, the TrainConfig.

@@ -14,9 +14,11 @@ config.json is written last and marks it as whole where a rename is not atomic.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -48,6 +50,8 @@ class StoredModel:
   # Ids that end a text, where an imported model names them; none is the
   # tokenizer's end of text.
   stop_tokens: tuple[int, ...] = ()
+  # Jinja, of an imported model that was trained on conversations.
+  chat_template: str | None = None
 
 
 def save_model(path: str | os.PathLike[str], model: StoredModel, *, axes: Any):
@@ -61,6 +65,53 @@ def save_model(path: str | os.PathLike[str], model: StoredModel, *, axes: Any):
   Raises:
     errors.UserError: where `path` exists.
   """
+  with new_directory(path) as partial:
+    array_store.write_tree(partial / "params", model.params, axes=axes)
+    if model.moments is not None:
+      array_store.write_tree(
+        partial / "optimizer",
+        _moments_tree(model.moments),
+        axes={"mu": axes, "nu": axes, "count": _COUNT_AXES},
+      )
+    if model.ema is not None:
+      array_store.write_tree(partial / "ema", model.ema, axes=axes)
+    _write_texts(partial, model)
+
+
+@contextlib.contextmanager
+def writing_params(
+  path: str | os.PathLike[str], model: StoredModel, *, axes: Any
+) -> Iterator[array_store.TreeWriter]:
+  """Writes a MODEL directory slice by slice, whole or not at all.
+
+  Args:
+    path: the directory; it must not exist.
+    model: what to write, its `params` as shapes; without moments and average.
+    axes: the declared axes of the parameters, for the chunks.
+
+  Yields:
+    The writer of the parameters.
+
+  Raises:
+    errors.UserError: where `path` exists.
+  """
+  assert model.moments is None and model.ema is None
+  with new_directory(path) as partial:
+    writer = array_store.TreeWriter(partial / "params", model.params, axes=axes)
+    yield writer
+    writer.close()
+    _write_texts(partial, model)
+
+
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
+  """A directory beside `path` that takes its name at the end.
+
+  Where the body raises, nothing is left of it.
+
+  Raises:
+    errors.UserError: where `path` exists.
+  """
   target = epath.Path(path).expanduser()
   if target.exists():
     raise errors.UserError(f"{target} exists; choose another output")
@@ -68,19 +119,19 @@ def save_model(path: str | os.PathLike[str], model: StoredModel, *, axes: Any):
   if partial.exists():  # of a writer that was killed
     partial.rmtree()
   partial.mkdir(parents=True)
-  array_store.write_tree(partial / "params", model.params, axes=axes)
-  if model.moments is not None:
-    array_store.write_tree(
-      partial / "optimizer",
-      _moments_tree(model.moments),
-      axes={"mu": axes, "nu": axes, "count": _COUNT_AXES},
-    )
-  if model.ema is not None:
-    array_store.write_tree(partial / "ema", model.ema, axes=axes)
+  try:
+    yield partial
+    partial.rename(target)
+  except BaseException:  # Ctrl-C too
+    partial.rmtree()
+    raise
+
+
+def _write_texts(directory: epath.Path, model: StoredModel) -> None:
+  """The tokenizer and, last, the header."""
   if model.tokenizer is not None:
-    (partial / "tokenizer.json").write_text(model.tokenizer)
-  (partial / "config.json").write_text(json.dumps(_header(model), indent=2))
-  partial.rename(target)
+    (directory / "tokenizer.json").write_text(model.tokenizer)
+  (directory / "config.json").write_text(json.dumps(_header(model), indent=2))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +142,7 @@ class Header:
   lineage: Lineage
   has_tokenizer: bool
   stop_tokens: tuple[int, ...]
+  chat_template: str | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +151,7 @@ class _TextHeader:
 
   tokenizer: bool = True
   stop_tokens: tuple[int, ...] = ()
+  chat_template: str | None = None
 
 
 def read_header(path: str | os.PathLike[str], *, what: str = "MODEL") -> Header:
@@ -150,6 +203,7 @@ def read_header(path: str | os.PathLike[str], *, what: str = "MODEL") -> Header:
     lineage=lineage,
     has_tokenizer=text.tokenizer,
     stop_tokens=text.stop_tokens,
+    chat_template=text.chat_template,
   )
 
 
@@ -192,6 +246,7 @@ def load_model(
     moments=moments,
     ema=array_store.read_tree(ema, wide) if ema.exists() else None,
     stop_tokens=header.stop_tokens,
+    chat_template=header.chat_template,
   )
 
 
@@ -216,6 +271,7 @@ def _header(model: StoredModel) -> dict[str, Any]:
     "text": {
       "tokenizer": model.tokenizer is not None,
       "stop_tokens": list(model.stop_tokens),
+      "chat_template": model.chat_template,
     },
   }
 

@@ -113,6 +113,7 @@ def scale_out(
     params=params,
     tokenizer=source.tokenizer,
     stop_tokens=source.stop_tokens,
+    chat_template=source.chat_template,
     moments=moments,
     ema=ema,
   )

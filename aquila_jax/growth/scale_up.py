@@ -298,6 +298,7 @@ def scale_up(
     params=_as_declared(params, target),
     tokenizer=source.tokenizer,
     stop_tokens=source.stop_tokens,
+    chat_template=source.chat_template,
     moments=moments,
     ema=ema,
   )

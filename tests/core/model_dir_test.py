@@ -107,6 +107,7 @@ def test_header_describes_the_model(tmp_path):
     lineage=_model().lineage,
     has_tokenizer=True,
     stop_tokens=(),
+    chat_template=None,
   )
 
 
