@@ -9,16 +9,23 @@ from tests.cli.commands import ROOT, SMOKE, ended
 VERBS = sorted(
   file.stem
   for file in (ROOT / "aquila_jax" / "cli").glob("*.py")
-  if "app.run(main)" in file.read_text(encoding="utf-8")
+  if re.search(
+    r"^  app\.run(_with_name)?\(main\)$",
+    file.read_text(encoding="utf-8"),
+    re.MULTILINE,
+  )
 )
 
 
-def test_there_are_eight_verbs():
+def test_there_are_eleven_verbs():
   assert VERBS == [
     "count",
     "efficient_scale",
     "evaluate",
+    "export_hf",
+    "fetch_model",
     "generate",
+    "import_hf",
     "prepare_data",
     "scale_out",
     "scale_up",
@@ -33,7 +40,10 @@ def test_help_of_every_verb_names_its_flags_and_ends_with_0(commands):
     "efficient_scale": "config workdir",
     "evaluate": "model data output split language text_field batch_size"
     " sequence_length max_tokens",
+    "export_hf": "source output dtype max_shard_size",
+    "fetch_model": "output param_dtype [no]list",
     "generate": "model prompt max_new_tokens temperature top_p seed",
+    "import_hf": "source output param_dtype tokenizer",
     "prepare_data": "config output",
     "scale_out": "source output num_experts top_k method optimizer seed",
     "scale_up": "config stage source output method optimizer seed",
