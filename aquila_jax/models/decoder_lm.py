@@ -7,6 +7,7 @@ Block: x + Attention(RMSNorm(x)), then x + FFN or MoE(RMSNorm(x))
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -30,7 +31,21 @@ class DecoderOutput(struct.PyTreeNode):
 
   logits: Leaf  # float [B T V]; at least float32
   routing: RoutingStats | None  # leaves stacked over layers; None when dense
-  cache: KVCache | None  # stacked over layers; None when none was given
+  # As the one that was given; None when none was.
+  cache: KVCache | ListedCache | None
+
+
+class ListedCache(struct.PyTreeNode):
+  """A `KVCache` of all layers, for a decoder whose layers stand in a list.
+
+  Every layer has arrays of its own, which are grown in place. What is the same
+  in all layers is here once.
+  """
+
+  key: tuple[Leaf, ...]  # of every layer, float [B S K H]
+  value: tuple[Leaf, ...]  # of every layer, float [B S K H]
+  segments: Leaf  # int [B S]
+  length: Leaf  # int []
 
 
 def _norm(config: ModelConfig, name: str, *, reads: bool = False) -> RMSNorm:
@@ -78,9 +93,18 @@ _REMAT_POLICIES = {
 
 
 class DecoderLM(nn.Module):
-  """A decoder language model over packed rows of documents."""
+  """A decoder language model over packed rows of documents.
+
+  Attributes:
+    config: the architecture.
+    listed: the layers follow each other in a list, with parameters of
+      `list_layers`, instead of in a scan over stacked ones. A scan is compiled
+      in the time of one layer, but copies each layer's parameters out of the
+      stack: nothing beside the work on many tokens, much beside that on one.
+  """
 
   config: ModelConfig
+  listed: bool = False
 
   @nn.compact
   def __call__(
@@ -89,7 +113,7 @@ class DecoderLM(nn.Module):
     *,
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
-    cache: KVCache | None = None,
+    cache: KVCache | ListedCache | None = None,
   ) -> DecoderOutput:
     """Logits of the next token, for every token.
 
@@ -97,7 +121,8 @@ class DecoderLM(nn.Module):
       tokens: token ids below V.
       positions: from 0 in every document.
       segments: documents of a row, from 1; 0 is padding.
-      cache: of `make_cache`, to go on from; T new tokens are appended.
+      cache: of `make_cache`, to go on from; T new tokens are appended. Of
+        `list_cache` where the layers are listed.
 
     Returns:
       Logits, the routing of every layer, and the grown cache.
@@ -105,26 +130,110 @@ class DecoderLM(nn.Module):
     config = self.config
     embedding = Embedding(config, name="embedding")
     x = embedding(tokens)
-    block = Block
-    if config.remat != "none":
-      block = nn.remat(
-        Block, policy=_REMAT_POLICIES[config.remat], prevent_cse=False
-      )
+    layers = self._list if self.listed else self._scan
+    x, routing, cache = layers(x, cache, positions=positions, segments=segments)
+    tied = config.tied_embeddings
+    x = _norm(config, "final_norm", reads=tied)(x)
+    logits = embedding.attend(x) if tied else LMHead(config, name="lm_head")(x)
+    return DecoderOutput(logits=logits, routing=routing, cache=cache)
+
+  def _scan(
+    self,
+    x: Float[Array, "B T D"],
+    cache: KVCache | None,
+    *,
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+  ) -> tuple[Float[Array, "B T D"], RoutingStats | None, KVCache | None]:
     layers = nn.scan(
-      block,
+      self._block(),
       variable_axes={"params": 0},
       split_rngs={"params": True},
       # Flax declares no type; pyright takes that of the default, an int.
       in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
       out_axes=0,
-      length=config.num_layers,
+      length=self.config.num_layers,
       metadata_params={nn.meta.PARTITION_NAME: "layer"},
-    )(config, name="layers")
+    )(self.config, name="layers")
     x, (routing, cache) = layers(x, cache, positions, segments)
-    tied = config.tied_embeddings
-    x = _norm(config, "final_norm", reads=tied)(x)
-    logits = embedding.attend(x) if tied else LMHead(config, name="lm_head")(x)
-    return DecoderOutput(logits=logits, routing=routing, cache=cache)
+    return x, routing, cache
+
+  def _list(
+    self,
+    x: Float[Array, "B T D"],
+    cache: ListedCache | None,
+    *,
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+  ) -> tuple[Float[Array, "B T D"], RoutingStats | None, ListedCache | None]:
+    block = self._block()
+    routings, caches = [], []
+    for i in range(self.config.num_layers):
+      one = None if cache is None else _cache_of(cache, i)
+      x, (routing, one) = block(self.config, name=_layer_name(i))(
+        x, one, positions, segments
+      )
+      routings.append(routing)
+      caches.append(one)
+    routing = jax.tree.map(lambda *leaves: jnp.stack(leaves), *routings)
+    if cache is None:
+      return x, routing, None
+    grown = caches[0].replace(
+      key=tuple(one.key for one in caches),
+      value=tuple(one.value for one in caches),
+    )
+    return x, routing, ListedCache(**vars(grown))
+
+  def _block(self) -> Any:
+    if self.config.remat == "none":
+      return Block
+    return nn.remat(
+      Block, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=False
+    )
+
+
+def _layer_name(index: int) -> str:
+  return f"layer_{index}"
+
+
+def _cache_of(cache: ListedCache, index: int) -> KVCache:
+  return KVCache(
+    key=cache.key[index],
+    value=cache.value[index],
+    segments=cache.segments,
+    length=cache.length,
+  )
+
+
+def list_layers(
+  params: Params,
+  *,
+  split: Callable[[Any], Sequence[Any]] = tuple,
+) -> Params:
+  """The parameters for `listed` layers, out of stacked ones.
+
+  Args:
+    params: of the scanned decoder.
+    split: takes a stacked leaf apart, into one for each layer.
+
+  Returns:
+    The same parameters; each layer's under a name of its own.
+  """
+  listed = {name: leaf for name, leaf in params.items() if name != "layers"}
+  leaves, structure = jax.tree.flatten(params["layers"])
+  for i, layer in enumerate(zip(*map(split, leaves), strict=True)):
+    listed[_layer_name(i)] = jax.tree.unflatten(structure, layer)
+  return listed
+
+
+def list_cache(cache: KVCache) -> ListedCache:
+  """The cache for `listed` layers, out of a stacked one."""
+  return ListedCache(
+    key=tuple(cache.key),
+    value=tuple(cache.value),
+    segments=cache.segments[0],
+    length=cache.length[0],
+  )
 
 
 def make_cache(
