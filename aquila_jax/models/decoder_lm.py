@@ -147,7 +147,8 @@ class DecoderLM(nn.Module):
   ) -> tuple[Float[Array, "B T D"], RoutingStats | None, KVCache | None]:
     layers = nn.scan(
       self._block(),
-      variable_axes={"params": 0},
+      # The outputs of the layers, where `apply` is asked to capture them.
+      variable_axes={"params": 0, "intermediates": 0},
       split_rngs={"params": True},
       # Flax declares no type; pyright takes that of the default, an int.
       in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
