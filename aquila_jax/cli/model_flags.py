@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import tokenizers
@@ -13,7 +15,13 @@ from etils import epath
 from aquila_jax.core import config as config_lib
 from aquila_jax.core import errors, files
 from aquila_jax.core.experiment_config import LARGEST_SEED, ExperimentConfig
-from aquila_jax.core.model_dir import StoredModel, load_model, save_model
+from aquila_jax.core.model_dir import (
+  ModelReader,
+  StoredModel,
+  load_model,
+  open_model,
+  save_model,
+)
 from aquila_jax.interop.import_model import Checkpoint, import_model
 from aquila_jax.models import decoder_lm
 from aquila_jax.pipeline.context import say_on_stderr
@@ -87,14 +95,16 @@ def import_checkpoint(
     output,
     parent=parent,
     tokenizer=tokenizer,
-    progress=say_on_stderr,
+    progress=now_and_then(),
   )
   if stored.tokenizer is None:
     logging.warning(
       "the source has no tokenizer.json, and the MODEL has none;"
       " --tokenizer=FILE gives it one"
     )
-  print(f"{output}: {checkpoint.family}, {describe(stored)}")
+  print(
+    f"{output}: {checkpoint.family}, {describe(stored, with_optimizer=False)}"
+  )
 
 
 def stage_name(
@@ -125,21 +135,40 @@ def stage_name(
   return chosen or experiment.pipeline[0]
 
 
-def check_moments(optimizer: str | None, model: StoredModel) -> None:
-  """Refuses to grow an optimizer state that is not there.
+def open_source(path: str, *, optimizer: str | None) -> ModelReader:
+  """Opens the MODEL of --source, to be grown.
 
   Args:
+    path: the value of --source.
     optimizer: the value of --optimizer; None where it was not given.
-    model: the source.
+
+  Returns:
+    The MODEL, not read yet.
 
   Raises:
-    errors.UserError: where it was asked for.
+    errors.UserError: where it is none, or an optimizer state that is not there
+      is asked for.
   """
-  if optimizer == "grow" and model.moments is None:
+  source = open_model(path, like=decoder_lm.abstract_params, what="--source")
+  if optimizer == "grow" and source.optimizer is None:
     raise errors.UserError(
       "--optimizer=grow: the source has no optimizer state; expected reset, or"
       " no --optimizer"
     )
+  return source
+
+
+def now_and_then(seconds: float = 3.0) -> Callable[[str], None]:
+  """Says how far something is, at most every few seconds."""
+  last = time.monotonic()
+
+  def say(line: str) -> None:
+    nonlocal last
+    if time.monotonic() - last >= seconds:
+      last = time.monotonic()
+      say_on_stderr(line)
+
+  return say
 
 
 def build(cls: type[T], **values: Any) -> T:
@@ -185,10 +214,15 @@ def check_output(path: str) -> None:
 def save(path: str, model: StoredModel) -> None:
   """Writes the MODEL of --output, and says what it is."""
   save_model(path, model, axes=decoder_lm.parameter_axes(model.config))
-  print(f"{path}: {describe(model)}")
+  say_written(path, model, with_optimizer=model.moments is not None)
 
 
-def describe(model: StoredModel) -> str:
+def say_written(path: str, model: StoredModel, *, with_optimizer: bool) -> None:
+  """Says what a MODEL is that was written."""
+  print(f"{path}: {describe(model, with_optimizer=with_optimizer)}")
+
+
+def describe(model: StoredModel, *, with_optimizer: bool) -> str:
   """Size, training and optimizer state of a model, in one line."""
   total = counting.count(model.config).total
   size = counting.in_words(total.parameters)
@@ -196,7 +230,7 @@ def describe(model: StoredModel) -> str:
     size += f" parameters ({counting.in_words(total.active)} active)"
   else:
     size += " parameters"
-  state = "with" if model.moments is not None else "without"
+  state = "with" if with_optimizer else "without"
   return (
     f"{size}, trained {model.lineage.steps:,} steps on"
     f" {counting.in_words(model.lineage.tokens)} tokens, {state} optimizer"

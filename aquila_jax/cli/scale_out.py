@@ -15,7 +15,7 @@ from absl import flags
 from aquila_jax.cli import app, model_flags
 from aquila_jax.core.experiment_config import ScaleOut
 from aquila_jax.core.model_config import MoeConfig
-from aquila_jax.growth.scale_out import scale_out
+from aquila_jax.growth.streaming import stream_scale_out
 
 _SOURCE = flags.DEFINE_string("source", None, "A dense MODEL.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "A new MODEL.", required=True)
@@ -41,11 +41,17 @@ def main() -> None:
     MoeConfig, num_experts=_NUM_EXPERTS.value, top_k=_TOP_K.value
   )
   model_flags.check_output(_OUTPUT.value)
-  source = model_flags.load(_SOURCE.value, flag="source")
-  model_flags.check_moments(_OPTIMIZER.value, source)
-  target = dataclasses.replace(source.config, moe=moe)
-  grown = scale_out(source, target, options, seed=_SEED.value)
-  model_flags.save(_OUTPUT.value, grown)
+  source = model_flags.open_source(_SOURCE.value, optimizer=_OPTIMIZER.value)
+  grown = stream_scale_out(
+    source,
+    _OUTPUT.value,
+    dataclasses.replace(source.model.config, moe=moe),
+    options,
+    seed=_SEED.value,
+    progress=model_flags.now_and_then(),
+  )
+  with_optimizer = options.optimizer == "grow" and source.optimizer is not None
+  model_flags.say_written(_OUTPUT.value, grown, with_optimizer=with_optimizer)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from aquila_jax.core.experiment_config import (
   StageConfig,
 )
 from aquila_jax.growth.scale_up import scale_up
+from aquila_jax.growth.streaming import stream_scale_up
 
 _CONFIG = config_door.define_flag()
 _STAGE = model_flags.define_stage()
@@ -43,17 +44,24 @@ def main() -> None:
   stage = experiment.stages[name]
   options = _options(stage, name)
   model_flags.check_output(_OUTPUT.value)
-  source = model_flags.load(_SOURCE.value, flag="source")
-  model_flags.check_moments(_OPTIMIZER.value, source)
-  grown = scale_up(
+  source = model_flags.open_source(_SOURCE.value, optimizer=_OPTIMIZER.value)
+  chosen: dict[str, Any] = dict(
+    seed=_SEED.value, name=name, path=f"config.stages.{name}.model"
+  )
+  if options.method == "random":  # reads nothing of the source
+    grown = scale_up(source.model, stage.model, options, **chosen)
+    model_flags.save(_OUTPUT.value, grown)
+    return
+  grown = stream_scale_up(
     source,
+    _OUTPUT.value,
     stage.model,
     options,
-    seed=_SEED.value,
-    name=name,
-    path=f"config.stages.{name}.model",
+    progress=model_flags.now_and_then(),
+    **chosen,
   )
-  model_flags.save(_OUTPUT.value, grown)
+  with_optimizer = options.optimizer == "grow" and source.optimizer is not None
+  model_flags.say_written(_OUTPUT.value, grown, with_optimizer=with_optimizer)
 
 
 def _options(stage: StageConfig, name: str) -> ScaleUp:

@@ -34,6 +34,7 @@ from aquila_jax.core.types import Params
 
 FORMAT = 1
 _COUNT_AXES = axes.LeafAxes(())
+_COUNT = jax.ShapeDtypeStruct((), jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,28 +79,61 @@ def save_model(path: str | os.PathLike[str], model: StoredModel, *, axes: Any):
     _write_texts(partial, model)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelWriter:
+  """The trees of a MODEL that is being written."""
+
+  params: array_store.TreeWriter
+  optimizer: array_store.TreeWriter | None  # leaves mu.*, nu.* and count
+  ema: array_store.TreeWriter | None
+
+
 @contextlib.contextmanager
-def writing_params(
-  path: str | os.PathLike[str], model: StoredModel, *, axes: Any
-) -> Iterator[array_store.TreeWriter]:
+def writing(
+  path: str | os.PathLike[str],
+  model: StoredModel,
+  *,
+  axes: Any,
+  with_optimizer: bool = False,
+  with_ema: bool = False,
+) -> Iterator[ModelWriter]:
   """Writes a MODEL directory slice by slice, whole or not at all.
 
   Args:
     path: the directory; it must not exist.
     model: what to write, its `params` as shapes; without moments and average.
     axes: the declared axes of the parameters, for the chunks.
+    with_optimizer: whether moments will be written.
+    with_ema: whether an average will be written.
 
   Yields:
-    The writer of the parameters.
+    The writers; every element of every leaf must be written once.
 
   Raises:
     errors.UserError: where `path` exists.
   """
   assert model.moments is None and model.ema is None
+  wide = _widened(model.params)
   with new_directory(path) as partial:
-    writer = array_store.TreeWriter(partial / "params", model.params, axes=axes)
+    writer = ModelWriter(
+      params=array_store.TreeWriter(
+        partial / "params", model.params, axes=axes
+      ),
+      optimizer=array_store.TreeWriter(
+        partial / "optimizer",
+        {"mu": wide, "nu": wide, "count": _COUNT},
+        axes={"mu": axes, "nu": axes, "count": _COUNT_AXES},
+      )
+      if with_optimizer
+      else None,
+      ema=array_store.TreeWriter(partial / "ema", wide, axes=axes)
+      if with_ema
+      else None,
+    )
     yield writer
-    writer.close()
+    for tree in (writer.params, writer.optimizer, writer.ema):
+      if tree is not None:
+        tree.close()
     _write_texts(partial, model)
 
 
@@ -250,6 +284,56 @@ def load_model(
   )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelReader:
+  """A MODEL directory, opened and not read."""
+
+  model: StoredModel  # its `params` as shapes; without moments and average
+  params: array_store.TreeReader
+  optimizer: array_store.TreeReader | None  # leaves mu.*, nu.* and count
+  ema: array_store.TreeReader | None
+
+
+def open_model(
+  path: str | os.PathLike[str], *, like: Any, what: str = "MODEL"
+) -> ModelReader:
+  """Opens a MODEL directory, to be read slice by slice.
+
+  Args:
+    path: the directory.
+    like: as for `load_model`.
+    what: the flag or field that named it, for messages.
+
+  Returns:
+    The readers.
+
+  Raises:
+    errors.UserError: as `load_model`, but for damage, which the readers find.
+  """
+  directory = epath.Path(path).expanduser()
+  header = read_header(path, what=what)
+  shapes = like(header.config)
+  wide = _widened(shapes)
+
+  def optional(name: str, tree: Any) -> array_store.TreeReader | None:
+    folder = directory / name
+    return array_store.TreeReader(folder, tree) if folder.exists() else None
+
+  return ModelReader(
+    model=StoredModel(
+      config=header.config,
+      lineage=header.lineage,
+      params=shapes,
+      tokenizer=read_tokenizer(directory) if header.has_tokenizer else None,
+      stop_tokens=header.stop_tokens,
+      chat_template=header.chat_template,
+    ),
+    params=array_store.TreeReader(directory / "params", shapes),
+    optimizer=optional("optimizer", {"mu": wide, "nu": wide, "count": _COUNT}),
+    ema=optional("ema", wide),
+  )
+
+
 def read_tokenizer(path: str | os.PathLike[str]) -> str:
   """The text of a MODEL's tokenizer.json.
 
@@ -281,9 +365,8 @@ def _moments_tree(moments: AdamMoments) -> dict[str, Any]:
 
 
 def _read_moments(directory: epath.Path, wide: Any) -> AdamMoments:
-  count = jax.ShapeDtypeStruct((), jnp.int32)
   tree = array_store.read_tree(
-    directory, {"mu": wide, "nu": wide, "count": count}
+    directory, {"mu": wide, "nu": wide, "count": _COUNT}
   )
   return AdamMoments(count=tree["count"], mu=tree["mu"], nu=tree["nu"])
 

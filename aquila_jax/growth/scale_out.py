@@ -73,24 +73,20 @@ def scale_out(
     errors.UserError: where the source is no dense model of the target's sizes.
   """
   moe = check_pair(source.config, target, path=path)
-  if not moe.gates_sum_to_one:
-    logging.warning(
-      "the gates of router_order=%r without renormalise sum to less than one:"
-      " the upcycled model does not compute what the dense one did",
-      moe.router_order,
-    )
-  key = jax.random.key(seed)
-
-  def draw_router(shape: jax.ShapeDtypeStruct) -> jax.Array:
-    drawn = jax.random.normal(key, shape.shape, jnp.float32)
-    return (moe.router_init_std * drawn).astype(shape.dtype)
+  header = grown_header(
+    source, target, options, seed=seed, name=name, path=path
+  )
+  draw_router = router_init(moe, seed=seed)
 
   @jax.jit
   def upcycle(params, moments, ema):
     if moments is not None:
       moments = _moments(moments, target, moe)
     if ema is not None:
-      ema = copy_experts(ema, target, router=draw_router)
+      # The average of a router that has not moved is the router.
+      ema = copy_experts(
+        ema, target, router=lambda shape: _widened(draw_router(shape))
+      )
     params = copy_experts(params, target, router=draw_router)
     declared = decoder_lm.abstract_params(target)
     params = jax.tree.map(lambda p, d: p.astype(d.dtype), params, declared)
@@ -100,6 +96,30 @@ def scale_out(
   params, moments, ema = upcycle(
     source.params, source.moments if keep_moments else None, source.ema
   )
+  return dataclasses.replace(header, params=params, moments=moments, ema=ema)
+
+
+def grown_header(
+  source: StoredModel,
+  target: ModelConfig,
+  options: ScaleOut,
+  *,
+  seed: int,
+  name: str,
+  path: str,
+) -> StoredModel:
+  """What `scale_out` makes but for its arrays: shapes of parameters.
+
+  Args and errors are those of `scale_out`. It warns where the mixture will not
+  compute what the dense model did.
+  """
+  moe = check_pair(source.config, target, path=path)
+  if not moe.gates_sum_to_one:
+    logging.warning(
+      "the gates of router_order=%r without renormalise sum to less than one:"
+      " the upcycled model does not compute what the dense one did",
+      moe.router_order,
+    )
   event = Event(
     kind="scale_out",
     name=name,
@@ -107,16 +127,27 @@ def scale_out(
     options=config_lib.to_dict(options)
     | {"seed": seed, "moe": config_lib.to_dict(moe)},
   )
-  return StoredModel(
+  return dataclasses.replace(
+    source,
     config=target,
     lineage=source.lineage.then(event),
-    params=params,
-    tokenizer=source.tokenizer,
-    stop_tokens=source.stop_tokens,
-    chat_template=source.chat_template,
-    moments=moments,
-    ema=ema,
+    params=decoder_lm.abstract_params(target),
+    moments=None,
+    ema=None,
   )
+
+
+def router_init(
+  moe: MoeConfig, *, seed: int
+) -> Callable[[jax.ShapeDtypeStruct], jax.Array]:
+  """Draws a router's leaf from N(0, router_init_std^2)."""
+  key = jax.random.key(seed)
+
+  def draw(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    drawn = jax.random.normal(key, shape.shape, jnp.float32)
+    return (moe.router_init_std * drawn).astype(shape.dtype)
+
+  return draw
 
 
 def check_pair(
@@ -205,18 +236,29 @@ def _moments(
   where 1 / (A E) is 0.0625 and 1 / E^2 0.0156 (benchmarks/upcycled_moments.py).
   The router has no past: zeros.
   """
-
-  def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
-    return jnp.zeros(shape.shape, dtypes.at_least_float32(shape.dtype))
-
-  num_experts, top_k = moe.num_experts, moe.top_k
+  divisors = moment_divisors(moe)
   return AdamMoments(
     count=moments.count,
-    mu=copy_experts(moments.mu, target, router=zeros, divisor=num_experts),
+    mu=copy_experts(
+      moments.mu, target, router=_no_past, divisor=divisors["mu"]
+    ),
     nu=copy_experts(
-      moments.nu, target, router=zeros, divisor=num_experts * top_k
+      moments.nu, target, router=_no_past, divisor=divisors["nu"]
     ),
   )
+
+
+def moment_divisors(moe: MoeConfig) -> dict[str, int]:
+  """What an expert's copy of each moment is divided by; see `_moments`."""
+  return {"mu": moe.num_experts, "nu": moe.num_experts * moe.top_k}
+
+
+def _widened(leaf: jax.Array) -> jax.Array:
+  return leaf.astype(dtypes.at_least_float32(leaf.dtype))
+
+
+def _no_past(shape: jax.ShapeDtypeStruct) -> jax.Array:
+  return jnp.zeros(shape.shape, dtypes.at_least_float32(shape.dtype))
 
 
 def _leaves(tree: Any) -> list[tuple[Any, Any]]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -78,6 +79,39 @@ class Growth:
   def __post_init__(self):
     for name, axis in {**self.width, "layer": self.layers}.items():
       assert axis.uses_all, f"a source index of {name} is left unused"
+
+  def layer(
+    self, axes: LeafAxes, *, powers: Powers = PARAMETERS
+  ) -> Callable[..., Float[Array, "*target"]]:
+    """`leaf` a layer at a time.
+
+    Args:
+      axes: of the whole leaf, of which `layer` is the first.
+      powers: as for `leaf`.
+
+    Returns:
+      A compiled function of two layers of the source's leaf, those that
+      `source_layers` names, to a layer of the grown leaf.
+    """
+    rest = LeafAxes(axes.axes[1:])
+    new = self._new_outputs(axes)
+
+    @jax.jit
+    def grow(own, above):
+      # Compiled, as `leaf` is in a growth: a division by constants is then a
+      # product with their reciprocals, which rounds otherwise.
+      grown = axis_map.map_axes(own, rest, self.width, powers=powers)
+      if new is None:
+        return grown
+      above = axis_map.map_axes(above, rest, self.width, powers=powers)
+      return jnp.where(new[0], above, grown)
+
+    return grow
+
+  def source_layers(self, layer: int) -> tuple[int, int]:
+    """The layer that a target layer copies, and the one above that."""
+    own = int(self.layers.source[layer])
+    return own, int(_next_layer(self.layers.source_size).source[own])
 
   def leaf(
     self,
@@ -284,6 +318,28 @@ def scale_up(
   else:
     growth = make_growth(source.config, target, options, seed=seed, path=path)
     trees = _grow(source, growth, keep_moments=options.optimizer == "grow")
+  params, moments, ema = trees
+  return dataclasses.replace(
+    grown_header(source, target, options, seed=seed, name=name, path=path),
+    params=_as_declared(params, target),
+    moments=moments,
+    ema=ema,
+  )
+
+
+def grown_header(
+  source: StoredModel,
+  target: ModelConfig,
+  options: ScaleUp,
+  *,
+  seed: int,
+  name: str,
+  path: str,
+) -> StoredModel:
+  """What `scale_up` makes of a model but for its arrays: shapes of parameters.
+
+  Args and errors are those of `scale_up`.
+  """
   event = Event(
     kind="scale_up",
     name=name,
@@ -291,16 +347,13 @@ def scale_up(
     options=config_lib.to_dict(options) | {"seed": seed},
     new_indices=new_indices(source.config, target, options, path=path),
   )
-  params, moments, ema = trees
-  return StoredModel(
+  return dataclasses.replace(
+    source,
     config=target,
     lineage=source.lineage.then(event),
-    params=_as_declared(params, target),
-    tokenizer=source.tokenizer,
-    stop_tokens=source.stop_tokens,
-    chat_template=source.chat_template,
-    moments=moments,
-    ema=ema,
+    params=decoder_lm.abstract_params(target),
+    moments=None,
+    ema=None,
   )
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import math
 import os
 import pathlib
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,13 +26,14 @@ from aquila_jax.interop import export_record, families, layout
 from aquila_jax.interop.fields import listed
 from aquila_jax.interop.gguf_file import GGUFFile
 from aquila_jax.interop.hf_directory import HFDirectory, Texts
-from aquila_jax.interop.tensors import TensorSource, has_only_finite
+from aquila_jax.interop.tensors import (
+  TensorSource,
+  count_not_finite,
+  has_only_finite,
+)
 from aquila_jax.models import decoder_lm
 
 Progress = Callable[[str], None]
-
-# Buffers that old versions of transformers saved; they follow from the config.
-_DERIVED = re.compile(r"rotary_emb\.inv_freq$")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,13 +56,19 @@ class Checkpoint:
 
 
 def open_checkpoint(
-  path: str | os.PathLike[str], *, dtype: str = "", what: str = "source"
+  path: str | os.PathLike[str],
+  *,
+  dtype: str = "",
+  with_tokenizer: bool = True,
+  what: str = "source",
 ) -> Checkpoint:
   """Reads what a checkpoint says of itself.
 
   Args:
     path: a Hugging Face directory or a .gguf file.
     dtype: of the parameters; "" is the checkpoint's own.
+    with_tokenizer: whether to read its tokenizer; not where another one will
+      be given, since it may be of a kind that is not known.
     what: the flag that named it, for messages.
 
   Returns:
@@ -73,20 +79,25 @@ def open_checkpoint(
   """
   location = pathlib.Path(path).expanduser()
   if location.is_dir():
-    return _open_directory(location, dtype=dtype, what=what)
+    source = HFDirectory(location, what=what)
+    texts = source.texts(with_tokenizer=with_tokenizer)
+    return _of_directory(source, texts, dtype=dtype)
   if not location.is_file():
     raise errors.UserError(f"{what}={str(path)!r}: there is no such file")
-  return _open_gguf(location, dtype=dtype, what=what)
+  source = GGUFFile(location, what=what)
+  texts = source.texts(with_tokenizer=with_tokenizer)
+  return _of_gguf(source, texts, dtype=dtype)
 
 
-def _open_directory(path: pathlib.Path, *, dtype: str, what: str) -> Checkpoint:
-  source = HFDirectory(path, what=what)
-  file = str(path / "config.json")
+def _of_directory(
+  source: HFDirectory, texts: Texts, *, dtype: str
+) -> Checkpoint:
+  file = str(source.path / "config.json")
   own = dtype or source.dtype
   family, config, unknown = families.read_config(
     source.config, what=file, dtype=own
   )
-  record = export_record.read(path, config_tree=source.config)
+  record = export_record.read(source.path, config_tree=source.config)
   if record is not None:
     config = dataclasses.replace(
       record.config,
@@ -101,23 +112,22 @@ def _open_directory(path: pathlib.Path, *, dtype: str, what: str) -> Checkpoint:
     source=source,
     config=config,
     names=family.tensors,
-    texts=source.texts,
+    texts=texts,
     zeros=families.zero_tensors(family, config) if record else {},
     repeats=repeats,
-    derived=frozenset(n for n in source.tensors if _DERIVED.search(n)),
+    derived=source.derived,
     lineage=record.lineage if record else Lineage(),
     family=family.model_type,
     unknown=unknown,
   )
 
 
-def _open_gguf(path: pathlib.Path, *, dtype: str, what: str) -> Checkpoint:
-  source = GGUFFile(path, what=what)
+def _of_gguf(source: GGUFFile, texts: Texts, *, dtype: str) -> Checkpoint:
   return Checkpoint(
     source=source,
     config=source.model_config(dtype or source.dtype),
     names=source.names,
-    texts=source.texts(),
+    texts=texts,
     zeros={},
     repeats={},
     derived=source.derived,
@@ -169,17 +179,21 @@ def import_model(
   if not problems.sound:
     # What can be read is read too, so that one error says all.
     _find_not_finite(checkpoint.source, slots, problems)
+    _check_contents(checkpoint, problems)
     raise problems.error(parent)
   axes = decoder_lm.parameter_axes(config)
   dtype = jnp.dtype(config.param_dtype)
-  with model_dir.writing_params(output, stored, axes=axes) as writer:
+  with model_dir.writing(output, stored, axes=axes) as writer:
     for number, slot in enumerate(slots):
       value = _read(checkpoint.source, slot)
+      with np.errstate(over="ignore"):  # looked for below
+        part = slot.to_part(value).astype(dtype, copy=False)
       if not has_only_finite(value):
         problems.not_finite(slot.tensor, value)
+      elif value.dtype != dtype and not has_only_finite(part):
+        problems.beyond_range(slot.tensor, part)
       elif problems.sound:
-        part = slot.to_part(value).astype(dtype, copy=False)
-        writer.write(slot.leaf, part, index=slot.index)
+        writer.params.write(slot.leaf, part, index=slot.index)
       if number % 100 == 99:
         progress(f"{number + 1} of {len(slots)} tensors")
     _check_contents(checkpoint, problems)
@@ -206,8 +220,16 @@ class Problems:
 
   def not_finite(self, tensor: str, value: np.ndarray) -> None:
     """Keeps that a tensor has NaN or infinite elements."""
-    count = int((~np.isfinite(value.astype(np.float32))).sum())
+    count = count_not_finite(value)
     self.add(tensor, f"{count} of {value.size} elements are not finite")
+
+  def beyond_range(self, tensor: str, part: np.ndarray) -> None:
+    """Keeps that a tensor has elements that its dtype here cannot hold."""
+    self.add(
+      tensor,
+      f"{count_not_finite(part)} of {part.size} elements are beyond the range"
+      f" of {part.dtype.name}",
+    )
 
   def error(self, what: str) -> errors.UserError:
     return errors.UserError(listed(what, self._lines))
@@ -264,11 +286,13 @@ def _check_contents(checkpoint: Checkpoint, problems: Problems) -> None:
   """Tensors that the model does not hold must say what it says without them."""
   source = checkpoint.source
   for name in checkpoint.zeros:
-    if np.any(source.read(name).astype(np.float32)):
+    if name not in problems.unreadable and np.any(source.read(name)):
       problems.add(name, f"expected zeros, by {export_record.NAME}")
   for name, original in checkpoint.repeats.items():
-    if name in source.tensors and not np.array_equal(
-      source.read(name), source.read(original)
+    if (
+      name in source.tensors
+      and not {name, original} & problems.unreadable
+      and not np.array_equal(source.read(name), source.read(original))
     ):
       problems.add(
         name, f"differs from {original}, though tie_word_embeddings is true"

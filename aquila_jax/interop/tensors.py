@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ class TensorInfo:
   file: str
 
 
+@runtime_checkable
 class TensorSource(Protocol):
   """A checkpoint of named tensors."""
 
@@ -37,11 +39,21 @@ class TensorSource(Protocol):
 
 def has_only_finite(value: np.ndarray) -> bool:
   """Whether no element is NaN or infinite, without a copy of large arrays."""
+  return not any(map(_count, _pieces(value)))
+
+
+def count_not_finite(value: np.ndarray) -> int:
+  """How many elements are NaN or infinite."""
+  return sum(map(_count, _pieces(value)))
+
+
+def _pieces(value: np.ndarray) -> Iterator[np.ndarray]:
   flat = value.reshape(-1)
   step = 1 << 22
-  return all(
-    bool(np.isfinite(flat[start : start + step].astype(np.float32)).all())
-    if value.dtype == jnp.bfloat16
-    else bool(np.isfinite(flat[start : start + step]).all())
-    for start in range(0, flat.size, step)
-  )
+  return (flat[start : start + step] for start in range(0, flat.size, step))
+
+
+def _count(piece: np.ndarray) -> int:
+  if piece.dtype == jnp.bfloat16:
+    piece = piece.astype(np.float32)
+  return piece.size - int(np.count_nonzero(np.isfinite(piece)))

@@ -120,7 +120,7 @@ def test_json_that_cannot_be_made_leaves_the_old_file(tmp_path):
 def test_model_is_described_in_one_line(dense):
   model = tiny.load(dense)
   # 12,288 of the table, 6,272 of attention, 12,288 of FFNs, 160 of norms.
-  assert model_flags.describe(model) == (
+  assert model_flags.describe(model, with_optimizer=True) == (
     "31.0K parameters, trained 7 steps on 3.6K tokens, with optimizer state"
   )
   # Of 4 experts a token uses 2: half of 4 FFNs; a router of 2 * 32 * 4.
@@ -131,7 +131,7 @@ def test_model_is_described_in_one_line(dense):
       model.config, moe=MoeConfig(num_experts=4, top_k=2)
     ),
   )
-  assert model_flags.describe(mixture) == (
+  assert model_flags.describe(mixture, with_optimizer=False) == (
     "68.1K parameters (43.6K active), trained 7 steps on 3.6K tokens, without"
     " optimizer state"
   )

@@ -123,7 +123,8 @@ def test_mistakes_are_refused(commands, dense, data, tmp_path):
   assert of_mixture.last_line == (
     f"aquila_jax: {section}.moe=None: expected the source's {{'num_experts': 2,"
     " 'top_k': 2, 'router_order': 'topk_then_softmax', 'renormalise': True,"
-    " 'router_init_std': 0.02, 'capacity_factor': None, 'block_size': 64};"
+    " 'router_init_std': 0.02, 'capacity_factor': None, 'block_size': 64,"
+    " 'shared_expert_dim': 0, 'shared_expert_gate': True};"
     " Scale-Out makes experts"
   )
   assert names(tmp_path) == ["mixture"]

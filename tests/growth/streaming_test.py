@@ -1,0 +1,209 @@
+"""Growth from disk to disk gives the bytes of growth in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aquila_jax.core import array_store, errors, model_dir
+from aquila_jax.core.experiment_config import ScaleOut, ScaleUp
+from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.core.model_dir import StoredModel
+from aquila_jax.growth.scale_out import scale_out
+from aquila_jax.growth.scale_up import scale_up
+from aquila_jax.growth.streaming import stream_scale_out, stream_scale_up
+from aquila_jax.models import decoder_lm
+from tests.growth import tiny
+
+WIDE = dict(embed_dim=12, mlp_dim=15, num_heads=8, num_layers=5)
+
+
+def _quiet(line: str) -> None:
+  del line
+
+
+def _written(source: StoredModel, folder: pathlib.Path) -> pathlib.Path:
+  axes = decoder_lm.parameter_axes(source.config)
+  model_dir.save_model(folder / "source", source, axes=axes)
+  return folder / "source"
+
+
+def _open(path: pathlib.Path) -> model_dir.ModelReader:
+  return model_dir.open_model(path, like=decoder_lm.abstract_params)
+
+
+def _assert_same(path: pathlib.Path, expected: StoredModel) -> None:
+  found = model_dir.load_model(path, like=decoder_lm.abstract_params)
+  assert found.config == expected.config
+  assert found.lineage == expected.lineage
+  assert found.tokenizer == expected.tokenizer
+  assert found.stop_tokens == expected.stop_tokens
+  assert found.chat_template == expected.chat_template
+  for one, other in (
+    (found.params, expected.params),
+    (found.moments, expected.moments),
+    (found.ema, expected.ema),
+  ):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+      assert a.dtype == b.dtype
+      np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def _source(dtype: str, **fields) -> StoredModel:
+  config = tiny.replace(
+    tiny.SOURCE, param_dtype=dtype, compute_dtype=dtype, **fields
+  )
+  source = tiny.stored(config)
+  assert source.moments is not None
+  wide = jnp.float64 if dtype == "float64" else jnp.float32
+
+  def widened(tree):
+    return jax.tree.map(lambda leaf: leaf.astype(wide), tree)
+
+  moments = dataclasses.replace(
+    source.moments,
+    mu=widened(source.moments.mu),
+    nu=widened(source.moments.nu),
+  )
+  return dataclasses.replace(
+    source,
+    moments=moments,
+    ema=jax.tree.map(lambda leaf: leaf * 2, moments.mu),
+    stop_tokens=(5,),
+    chat_template="{{ messages }}",
+  )
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize(
+  ("options", "moe"),
+  [
+    (ScaleUp(source="s", method="fpi", width_map="random"), False),
+    (ScaleUp(source="s", method="fpi", depth="stack"), True),
+    (ScaleUp(source="s", method="aki", optimizer="reset"), False),
+    (ScaleUp(source="s", method="aki", aki_residual="own_layer"), True),
+    (ScaleUp(source="s", method="aki_pro"), False),
+  ],
+  ids=["fpi", "fpi_stack_moe", "aki_reset", "aki_own_moe", "aki_pro"],
+)
+def test_scale_up_writes_the_bytes_of_scale_up(options, moe, dtype, tmp_path):
+  source = _source(dtype, moe=tiny.MOE if moe else None, qk_norm=moe)
+  target = tiny.replace(source.config, **WIDE)
+  expected = scale_up(source, target, options, seed=3, name="up")
+  returned = stream_scale_up(
+    _open(_written(source, tmp_path)),
+    tmp_path / "grown",
+    target,
+    options,
+    seed=3,
+    name="up",
+    progress=_quiet,
+  )
+  _assert_same(tmp_path / "grown", expected)
+  assert returned.lineage == expected.lineage
+
+
+def test_parameters_take_the_dtype_of_the_target(tmp_path):
+  source = _source("float64")
+  target = tiny.replace(source.config, param_dtype="bfloat16", **WIDE)
+  options = ScaleUp(source="s", method="fpi")
+  stream_scale_up(
+    _open(_written(source, tmp_path)),
+    tmp_path / "grown",
+    target,
+    dataclasses.replace(options, optimizer="reset"),
+    progress=_quiet,
+  )
+  found = model_dir.load_model(
+    tmp_path / "grown", like=decoder_lm.abstract_params
+  )
+  wanted = scale_up(source, target, options).params
+  for a, b in zip(
+    jax.tree.leaves(found.params), jax.tree.leaves(wanted), strict=True
+  ):
+    assert a.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def _mixture(config: ModelConfig) -> ModelConfig:
+  return tiny.replace(config, moe=tiny.MOE)
+
+
+@pytest.mark.parametrize("optimizer", ["grow", "reset"])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_scale_out_writes_the_bytes_of_scale_out(dtype, optimizer, tmp_path):
+  source = _source(dtype, tied_embeddings=dtype == "bfloat16")
+  target = _mixture(source.config)
+  options = ScaleOut(source="s", optimizer=optimizer)
+  expected = scale_out(source, target, options, seed=5, name="out")
+  stream_scale_out(
+    _open(_written(source, tmp_path)),
+    tmp_path / "grown",
+    target,
+    options,
+    seed=5,
+    name="out",
+    progress=_quiet,
+  )
+  _assert_same(tmp_path / "grown", expected)
+
+
+def test_no_more_than_a_layer_of_a_leaf_is_read_or_written(
+  tmp_path, monkeypatch
+):
+  """What bounds the memory, whatever the size of the model."""
+  source = dataclasses.replace(_source("float64"), moments=None, ema=None)
+  path = _written(source, tmp_path)
+  largest = 0
+  read, write = array_store.TreeReader.read, array_store.TreeWriter.write
+
+  def seen_read(self, name, *, index=()):
+    nonlocal largest
+    value = read(self, name, index=index)
+    largest = max(largest, value.size)
+    return value
+
+  def seen_write(self, name, value, *, index=()):
+    nonlocal largest
+    largest = max(largest, np.asarray(value).size)
+    write(self, name, value, index=index)
+
+  monkeypatch.setattr(array_store.TreeReader, "read", seen_read)
+  monkeypatch.setattr(array_store.TreeWriter, "write", seen_write)
+  stream_scale_out(
+    _open(path),
+    tmp_path / "grown",
+    _mixture(source.config),
+    ScaleOut(source="s"),
+    progress=_quiet,
+  )
+  # The query kernel of one layer, [D, N, H]; the router, the embedding and the
+  # head, of one piece, are smaller.
+  assert largest == 8 * 6 * 4
+
+
+def test_a_damaged_source_leaves_nothing_behind(tmp_path):
+  source = dataclasses.replace(_source("float64"), moments=None, ema=None)
+  path = _written(source, tmp_path)
+  chunk = path / "params/layers.mlp.down_kernel/c/2/0/0"
+  content = bytearray(chunk.read_bytes())
+  content[3] ^= 1
+  chunk.write_bytes(bytes(content))
+  with pytest.raises(errors.UserError) as error:
+    stream_scale_out(
+      _open(path),
+      tmp_path / "grown",
+      _mixture(source.config),
+      ScaleOut(source="s"),
+      progress=_quiet,
+    )
+  assert str(error.value).startswith(
+    f"{path}/params: leaf 'layers.mlp.down_kernel' is damaged: "
+  )
+  assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
