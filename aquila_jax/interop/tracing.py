@@ -1,0 +1,316 @@
+"""Where two implementations of a model first part.
+
+The outputs of every part, in the order of computing:
+
+  embedding
+  layer 0: attention, feed-forward, residual    residual = x + both
+  ...
+  final norm
+  logits
+
+A difference grows on its way through the layers, so that its size at the end
+says little of where it began. Each part of ours is therefore also run on what
+the other implementation's part was given: what differs then is the part's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from aquila_jax.core import axes
+from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.core.types import Params
+from aquila_jax.layers.embedding import Embedding, LMHead
+from aquila_jax.layers.norm import RMSNorm
+from aquila_jax.models.decoder_lm import Block, DecoderLM
+
+Part = Literal[
+  "embedding", "attention", "feed-forward", "residual", "final norm", "logits"
+]
+_IN_LAYER: tuple[Part, ...] = ("attention", "feed-forward", "residual")
+
+# One rounding of float32, relative.
+_ROUNDING = 2.0**-24
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """A part of the model whose output is looked at."""
+
+  part: Part
+  layer: int | None = None  # from 0; None outside the layers
+
+  def __str__(self) -> str:
+    return (
+      self.part if self.layer is None else f"layer {self.layer} {self.part}"
+    )
+
+
+# Of one text: float [T D], of the logits [T V].
+Trace = Mapping[Place, np.ndarray]
+
+
+def places(num_layers: int) -> list[Place]:
+  """All places, in the order of computing."""
+  return [
+    Place("embedding"),
+    *(Place(part, i) for i in range(num_layers) for part in _IN_LAYER),
+    Place("final norm"),
+    Place("logits"),
+  ]
+
+
+def trace_model(
+  config: ModelConfig, params: Params, tokens: Sequence[int]
+) -> dict[Place, np.ndarray]:
+  """The outputs of every part of our model.
+
+  Args:
+    config: of the model; computes in its `compute_dtype`.
+    params: of the model.
+    tokens: of one text.
+
+  Returns:
+    One array a place.
+  """
+  row = jnp.asarray(tokens, jnp.int32)[None]
+  logits, captured = jax.device_get(_captured_model(config, params, row))
+  layers = captured["layers"]
+  # Each a tuple of the calls, of which there was one.
+  parts: dict[Part, np.ndarray] = {
+    "attention": layers["attention"]["__call__"][0][0],
+    "feed-forward": _feed_forward(layers),
+    "residual": layers["__call__"][0][0],
+  }
+  return {
+    Place("embedding"): captured["embedding"]["__call__"][0][0],
+    **{
+      Place(part, i): stack[i, 0]
+      for i in range(config.num_layers)
+      for part, stack in parts.items()
+    },
+    Place("final norm"): captured["final_norm"]["__call__"][0][0],
+    Place("logits"): logits[0],
+  }
+
+
+def trace_parts(
+  config: ModelConfig,
+  params: Params,
+  tokens: Sequence[int],
+  *,
+  given: Trace,
+) -> dict[Place, np.ndarray]:
+  """The outputs of every part of ours, each on the inputs of another's.
+
+  A layer gets the other's residual stream, and the final norm and the head get
+  the other's too. Inside a layer, parts get what ours before them gave.
+
+  Args:
+    config: of the model.
+    params: of the model.
+    tokens: of one text.
+    given: the trace of the other implementation for the same text.
+
+  Returns:
+    One array a place.
+  """
+  row = jnp.asarray(tokens, jnp.int32)[None]
+  embedding = Embedding(config).apply({"params": params["embedding"]}, row)
+  found = {Place("embedding"): np.asarray(embedding)[0]}
+  dtype = jnp.dtype(config.compute_dtype)
+  before = Place("embedding")
+  for i in range(config.num_layers):
+    x = jnp.asarray(given[before], dtype)[None]
+    layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
+    outputs = jax.device_get(_captured_block(config, layer, x))
+    found |= {Place(part, i): out[0] for part, out in outputs.items()}
+    before = Place("residual", i)
+  normed = _final_norm(config, params, jnp.asarray(given[before], dtype)[None])
+  found[Place("final norm")] = np.asarray(normed)[0]
+  x = jnp.asarray(given[Place("final norm")], dtype)[None]
+  found[Place("logits")] = np.asarray(_head(config, params, x))[0]
+  return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartDifference:
+  """How far two implementations are apart behind one part.
+
+  Differences are relative: of a token's vector, |ours - theirs| / |theirs| in
+  the 2-norm, the largest over the tokens.
+  """
+
+  place: Place
+  total: float  # of the whole models up to here
+  own: float  # of this part alone, given the same inputs
+  limit: float  # of `own`, by rounding
+
+  @property
+  def parted(self) -> bool:
+    """Whether rounding does not explain what this part adds."""
+    return not self.own <= self.limit
+
+
+def rounding_limit(num_tokens: int) -> float:
+  """The largest relative difference of a part that rounding explains.
+
+  256 + T roundings of float32: sums of some thousand terms in another order
+  leave 10 to 100, measured on SmolLM2-135M (docs/parity.md); the angle of RoPE
+  at position t is off by t roundings of its frequency.
+  """
+  return (256 + num_tokens) * _ROUNDING
+
+
+def compare_traces(
+  config: ModelConfig,
+  params: Params,
+  tokens: Sequence[int],
+  *,
+  reference: Trace,
+) -> list[PartDifference]:
+  """Our model against the trace of another implementation, part by part.
+
+  Args:
+    config: of the model, in float32.
+    params: of the model.
+    tokens: of one text.
+    reference: the other's trace of it.
+
+  Returns:
+    The differences, in the order of computing.
+  """
+  ours = trace_model(config, params, tokens)
+  parts = trace_parts(config, params, tokens, given=reference)
+  limit = rounding_limit(len(tokens))
+  return [
+    PartDifference(
+      place=place,
+      total=relative_difference(ours[place], reference[place]),
+      own=relative_difference(
+        parts[place], reference[place], scale=_scale(place, reference)
+      ),
+      limit=limit,
+    )
+    for place in places(config.num_layers)
+  ]
+
+
+def first_parted(differences: Sequence[PartDifference]) -> Place | None:
+  """The first part that adds more than rounding, or None."""
+  return next((one.place for one in differences if one.parted), None)
+
+
+def relative_difference(
+  found: Float[np.ndarray, "T D"],
+  expected: Float[np.ndarray, "T D"],
+  *,
+  scale: Float[np.ndarray, " T"] | None = None,
+) -> float:
+  """The largest |found - expected| / |expected| of a token, in the 2-norm.
+
+  Args:
+    found: a vector a token.
+    expected: the same.
+    scale: in place of |expected|.
+
+  Returns:
+    The ratio; 0 where both are zeros, NaN where one is not finite.
+  """
+  wide = np.asarray(expected, np.float64)
+  difference = np.linalg.norm(np.asarray(found, np.float64) - wide, axis=-1)
+  size = np.linalg.norm(wide, axis=-1) if scale is None else scale
+  tiny = np.finfo(np.float32).tiny
+  return float(np.max(difference / np.maximum(size, tiny)))
+
+
+def _scale(place: Place, trace: Trace) -> Float[np.ndarray, " T"] | None:
+  """Of a sum that may cancel, the larger of what went in and what came out."""
+  if place.part != "residual":
+    return None
+  assert place.layer is not None
+  before = (
+    Place("residual", place.layer - 1) if place.layer else Place("embedding")
+  )
+  into, out = (np.linalg.norm(trace[at], axis=-1) for at in (before, place))
+  return np.maximum(into, out)
+
+
+def _is_part(module: nn.Module, method: str) -> bool:
+  del module
+  return method == "__call__"
+
+
+def _feed_forward(layer: Any) -> Any:
+  """The output of an FFN, or of a mixture, which answers with statistics."""
+  out = layer["mlp"]["__call__"][0]
+  return out[0] if isinstance(out, tuple) else out
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _captured_model(
+  config: ModelConfig, params: Params, row: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T V"], Any]:
+  out: Any
+  out, variables = DecoderLM(config).apply(
+    {"params": params},
+    row,
+    positions=jnp.arange(row.shape[1])[None],
+    segments=jnp.ones_like(row),
+    capture_intermediates=_is_part,
+    mutable=["intermediates"],
+  )
+  return out.logits, variables["intermediates"]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _captured_block(
+  config: ModelConfig, params: Params, x: Float[Array, "B T D"]
+) -> dict[Part, Float[Array, "B T D"]]:
+  positions = jnp.arange(x.shape[1])[None]
+  out: Any
+  out, variables = Block(config).apply(
+    {"params": params},
+    x,
+    None,
+    positions,
+    jnp.ones_like(positions),
+    capture_intermediates=_is_part,
+    mutable=["intermediates"],
+  )
+  captured: Any = variables["intermediates"]
+  return {
+    "attention": captured["attention"]["__call__"][0][0],
+    "feed-forward": _feed_forward(captured),
+    "residual": out[0],
+  }
+
+
+def _final_norm(
+  config: ModelConfig, params: Params, x: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+  norm: Any = RMSNorm(
+    epsilon=config.norm_epsilon,
+    scale_axis=axes.writes("embed"),
+    param_dtype=jnp.dtype(config.param_dtype),
+  )
+  return norm.apply({"params": params["final_norm"]}, x)
+
+
+def _head(
+  config: ModelConfig, params: Params, x: Float[Array, "B T D"]
+) -> Float[Array, "B T V"]:
+  if config.tied_embeddings:
+    tied: Any = Embedding(config)
+    return tied.apply({"params": params["embedding"]}, x, method="attend")
+  head: Any = LMHead(config)
+  return head.apply({"params": params["lm_head"]}, x)
