@@ -8,8 +8,10 @@ from aquila_jax.core.experiment_config import (
   ExperimentConfig,
   ScaleOut,
   ScaleUp,
+  StageConfig,
 )
 from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.growth import scale_out, scale_up
 from aquila_jax.planning import counting
 from tests.golden import resolved
 
@@ -20,6 +22,25 @@ PAPER = {
   "aquila_7b": ("8.2B", "8.2B", 3.6e12, 12e6),
   "aquila_16b": ("16.7B", "16.7B", 1.2e12, 12e6),
   "aquila_8x16b": ("104.7B", "29.2B", 545e9, 24e6),
+}
+# Models that a config starts from and no config trains: SmolLM2-135M, of its
+# GGUF file.
+IMPORTED = {
+  "smollm2": ModelConfig(
+    vocab_size=49152,
+    num_layers=30,
+    embed_dim=576,
+    mlp_dim=1536,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    context_length=8192,
+    rope_theta=1e5,
+    norm_epsilon=1e-5,
+    qkv_bias=False,
+    tied_embeddings=True,
+    compute_dtype="float32",
+  )
 }
 
 
@@ -57,11 +78,24 @@ def test_paper_config_has_the_papers_size_and_tokens(name):
 
 @pytest.mark.parametrize("name", resolved.names())
 def test_growth_keeps_head_width_key_value_heads_and_vocabulary(name):
-  for model, source in _growths(resolved.experiment(name)):
+  for stage, source in _growths(resolved.experiment(name)):
+    model, groups = stage.model, source.num_kv_heads
     assert model.head_dim == source.head_dim
-    assert model.num_kv_heads == source.num_kv_heads
+    if getattr(stage.init, "method", "") == "fpi":  # exact for whole groups
+      assert model.num_kv_heads % groups == 0
+    else:
+      assert model.num_kv_heads == groups
     assert model.vocab_size == source.vocab_size
     assert model.tied_embeddings == source.tied_embeddings
+
+
+@pytest.mark.parametrize("name", resolved.names())
+def test_every_growth_fits_its_source(name):
+  for stage, source in _growths(resolved.experiment(name)):
+    if isinstance(stage.init, ScaleUp):
+      scale_up.check_pair(source, stage.model, stage.init, path="model")
+    elif isinstance(stage.init, ScaleOut):
+      scale_out.check_pair(source, stage.model, path="model")
 
 
 @pytest.mark.parametrize("name", resolved.names())
@@ -97,8 +131,8 @@ def test_pipeline_takes_the_flops_it_was_sized_for(name, flops):
 
 def _growths(
   experiment: ExperimentConfig,
-) -> list[tuple[ModelConfig, ModelConfig]]:
-  """(model, source model) of every growth, in this config or between two."""
+) -> list[tuple[StageConfig, ModelConfig]]:
+  """(stage, source model) of every growth, in this config or between two."""
   pairs = []
   for stage in experiment.stages.values():
     if isinstance(stage.init, ScaleUp | ScaleOut):
@@ -107,6 +141,10 @@ def _growths(
         source_model = experiment.stages[source].model
       else:  # runs/NAME/...
         parent = source.split("/")[1]
-        source_model = resolved.experiment(parent).stage("").model
-      pairs.append((stage.model, source_model))
+        source_model = (
+          IMPORTED[parent]
+          if parent in IMPORTED
+          else resolved.experiment(parent).stage("").model
+        )
+      pairs.append((stage, source_model))
   return pairs
