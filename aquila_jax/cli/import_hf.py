@@ -30,7 +30,10 @@ def main() -> None:
   model_flags.check_output(_OUTPUT.value)
   tokenizer = model_flags.read_tokenizer_flag(_TOKENIZER.value)
   checkpoint = import_model.open_checkpoint(
-    _SOURCE.value, dtype=_PARAM_DTYPE.value, what="--source"
+    _SOURCE.value,
+    dtype=_PARAM_DTYPE.value,
+    with_tokenizer=tokenizer is None,
+    what="--source",
   )
   model_flags.import_checkpoint(
     checkpoint,

@@ -19,10 +19,11 @@ import safetensors.numpy
 from etils import epath
 from tokenizers import Tokenizer
 
-from aquila_jax.core import array_store, model_dir
+from aquila_jax.core import array_store, errors, model_dir
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.interop import export_record, families, layout
 from aquila_jax.interop.families import Family
+from aquila_jax.interop.tensors import count_not_finite
 from aquila_jax.models import decoder_lm
 
 Progress = Callable[[str], None]
@@ -75,8 +76,8 @@ def export_model(
     What was written.
 
   Raises:
-    errors.UserError: where the MODEL is damaged, or no stock class computes the
-      same.
+    errors.UserError: where the MODEL is damaged, no stock class computes the
+      same, or `dtype` does not hold a value.
   """
   source = epath.Path(path).expanduser()
   header = model_dir.read_header(source, what=what)
@@ -177,7 +178,16 @@ def _value(
   if slot is None:
     return np.zeros(tensor.shape, dtype)
   value = slot.to_tensor(reader.read(slot.leaf, index=slot.index))
-  return np.ascontiguousarray(value.astype(dtype, copy=False))
+  with np.errstate(over="ignore"):  # looked for below
+    cast = np.ascontiguousarray(value.astype(dtype, copy=False))
+  if value.dtype != dtype:
+    beyond = count_not_finite(cast) - count_not_finite(value)
+    if beyond:
+      raise errors.UserError(
+        f"dtype={dtype.name}: {beyond} of {value.size} elements of"
+        f" {tensor.name} are beyond its range; expected {value.dtype.name}"
+      )
+  return cast
 
 
 def _shard_name(number: int, count: int) -> str:

@@ -161,7 +161,7 @@ def read_config(
     errors.UserError: naming everything that cannot be represented.
   """
   model_type = tree.get("model_type")
-  if model_type not in FAMILIES:
+  if not isinstance(model_type, str) or model_type not in FAMILIES:
     raise errors.UserError(
       f"{what}: model_type={model_type!r} cannot be imported; expected one of"
       f" {', '.join(FAMILIES)}"
@@ -377,25 +377,24 @@ def _read_rope(
   theta = rope.take("rope_theta", float, theta)
   kind = rope.take("rope_type", str, rope.take("type", str, "default"))
   scaling: RopeScaling | None = None
-  try:
-    if kind == "linear":
-      scaling = LinearRopeScaling(factor=rope.take("factor", float))
-    elif kind == "llama3":
-      scaling = Llama3RopeScaling(
-        factor=rope.take("factor", float),
-        low_freq_factor=rope.take("low_freq_factor", float),
-        high_freq_factor=rope.take("high_freq_factor", float),
-        original_context_length=rope.take(
-          "original_max_position_embeddings", int, context
-        ),
-      )
-    elif kind != "default":
-      fields.refuse(
-        f"rope_type={kind!r}: expected default, linear or llama3; no other"
-        " scaling of RoPE is there"
-      )
-  except ValueError as error:
-    fields.refuse(f"rope_scaling: {error}")
+  if kind == "linear":
+    factor = rope.take("factor", float)
+    scaling = rope.make(lambda: LinearRopeScaling(factor=factor))
+  elif kind == "llama3":
+    values: dict[str, Any] = dict(
+      factor=rope.take("factor", float),
+      low_freq_factor=rope.take("low_freq_factor", float),
+      high_freq_factor=rope.take("high_freq_factor", float),
+      original_context_length=rope.take(
+        "original_max_position_embeddings", int, context
+      ),
+    )
+    scaling = rope.make(lambda: Llama3RopeScaling(**values))
+  elif kind != "default":
+    fields.refuse(
+      f"rope_type={kind!r}: expected default, linear or llama3; no other"
+      " scaling of RoPE is there"
+    )
   for problem in rope.problems:
     fields.refuse(f"rope_scaling: {problem}")
   if kind in ("default", "linear", "llama3"):
@@ -482,11 +481,12 @@ def _read_ffn(family: Family, fields: Fields) -> dict[str, Any]:
   if family.experts == "none":
     fields.ignore("moe_intermediate_size")
     return {"mlp_dim": fields.take("intermediate_size", int)}
-  top_k = fields.take("num_experts_per_tok", int, 2)
+  before = len(fields.problems)
   if family.experts == "mixtral":
     mlp_dim = fields.take("intermediate_size", int)
     moe: dict[str, Any] = dict(
-      num_experts=fields.take("num_local_experts", int, 8)
+      top_k=fields.take("num_experts_per_tok", int, 2),
+      num_experts=fields.take("num_local_experts", int, 8),
     )
   else:
     fields.ignore("intermediate_size")  # of layers without experts
@@ -500,6 +500,7 @@ def _read_ffn(family: Family, fields: Fields) -> dict[str, Any]:
     # Version 5 of transformers writes Qwen3-MoE's under Mixtral's name.
     name = "num_experts" if fields.has("num_experts") else "num_local_experts"
     moe = dict(
+      top_k=fields.take("num_experts_per_tok", int),
       num_experts=fields.take(name, int),
       router_order="softmax_then_topk",
       renormalise=fields.take("norm_topk_prob", bool, False),
@@ -508,11 +509,8 @@ def _read_ffn(family: Family, fields: Fields) -> dict[str, Any]:
   if family.shared_expert:
     shared = fields.take("shared_expert_intermediate_size", int)
     moe["shared_expert_dim"] = shared
-  try:
-    return {"mlp_dim": mlp_dim, "moe": MoeConfig(top_k=top_k, **moe)}
-  except ValueError as error:
-    fields.refuse(str(error))
-    return {"mlp_dim": mlp_dim}
+  made = fields.make(lambda: MoeConfig(**moe), since=before)
+  return {"mlp_dim": mlp_dim, "moe": made}
 
 
 def _moe_tree(family: Family, config: ModelConfig) -> dict[str, Any]:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from aquila_jax.core import errors
 
 T = TypeVar("T")
 _REQUIRED: Any = object()
+# What stands for a value that was complained about.
+_HARMLESS: dict[type, Any] = {
+  bool: True,
+  int: 1,
+  float: 1.0,
+  str: "",
+  list: [],
+  dict: {},
+}
 
 
 class Fields:
@@ -38,7 +48,7 @@ class Fields:
 
     Args:
       name: the key.
-      kind: what it must be; an int is taken for a float.
+      kind: what it must be; an int is taken for a float, which is finite.
       default: where the key is missing or null; without one it must be there.
 
     Returns:
@@ -49,13 +59,16 @@ class Fields:
     if value is None:
       if default is _REQUIRED:
         self.problems.append(f"{name} is missing")
-        return kind(1)  # pyright: ignore[reportCallIssue]
+        return _HARMLESS[kind]
       return default  # pyright: ignore[reportReturnType]
     if kind is float and type(value) is int:
       value = float(value)
     if type(value) is not kind:
       self.problems.append(f"{name}={value!r}: expected {kind.__name__}")
-      return kind(1)  # pyright: ignore[reportCallIssue]
+      return _HARMLESS[kind]
+    if isinstance(value, float) and not math.isfinite(value):
+      self.problems.append(f"{name}={value!r}: expected a finite number")
+      return _HARMLESS[kind]
     return value
 
   def expect(self, name: str, *values: Any, why: str) -> None:
@@ -69,6 +82,25 @@ class Fields:
   def refuse(self, problem: str) -> None:
     """Keeps a complaint."""
     self.problems.append(problem)
+
+  def make(self, part: Callable[[], T], *, since: int = 0) -> T | None:
+    """What `part` makes of values of these fields.
+
+    Args:
+      part: makes it; a ValueError is kept as a complaint.
+      since: how many complaints there were when the first value was taken.
+        With more of them, the values may not be the file's.
+
+    Returns:
+      What was made, or None after a complaint.
+    """
+    if len(self.problems) > since:
+      return None
+    try:
+      return part()
+    except ValueError as error:
+      self.refuse(str(error))
+      return None
 
   def ignore(self, *names: str) -> None:
     """Marks keys as known to change no logit."""

@@ -14,7 +14,6 @@ to the reader, from llama.cpp's converter and graphs:
 
 from __future__ import annotations
 
-import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -39,7 +38,6 @@ from aquila_jax.layers import rotary
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe")
 _ROPE_DIVISORS = "rope_freqs.weight"
-_DTYPES = {"F64": "float64", "BF16": "bfloat16"}
 # Sections of the metadata that describe no computation.
 _IGNORED_SECTIONS = ("general.", "tokenizer.", "GGUF.", "split.", "quantize.")
 _LLAMA3_CONTEXT = 8192  # before extension, of every Llama 3
@@ -59,7 +57,6 @@ class GGUFFile:
 
   def __init__(self, path: pathlib.Path, *, what: str):
     self._what = f"{what}={str(path)!r}"
-    self._path = path
     try:
       reader = gguf.GGUFReader(path)
       self._metadata = {
@@ -79,30 +76,29 @@ class GGUFFile:
           f" {int(tensor.data_offset) + int(tensor.n_bytes)} of {size}"
         )
     self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-    self.architecture = self._metadata.get("general.architecture")
-    if self.architecture not in ARCHITECTURES:
-      raise errors.UserError(
-        f"{self._what}: general.architecture={self.architecture!r} cannot be"
-        f" imported; expected one of {', '.join(ARCHITECTURES)}"
-      )
+    # Of a split file only the first part says more.
     if self._metadata.get("split.count", 0) > 1:
       raise errors.UserError(
         f"{self._what}: split.count={self._metadata['split.count']}: expected a"
         " whole file; join its parts with llama-gguf-split --merge"
       )
-    self.unknown: list[str] = []
-
-  @functools.cached_property
-  def tensors(self) -> dict[str, TensorInfo]:
-    return {
+    architecture = self._metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+      raise errors.UserError(
+        f"{self._what}: general.architecture={architecture!r} cannot be"
+        f" imported; expected one of {', '.join(ARCHITECTURES)}"
+      )
+    self.architecture: str = architecture
+    self.tensors = {
       name: TensorInfo(
         # GGUF counts dimensions from the fastest.
         shape=tuple(int(n) for n in reversed(tensor.shape)),
         dtype=tensor.tensor_type.name,
-        file=self._path.name,
+        file=path.name,
       )
       for name, tensor in self._tensors.items()
     }
+    self.unknown: list[str] = []
 
   def refusal(self, info: TensorInfo) -> str | None:
     kind = gguf.GGMLQuantizationType[info.dtype]
@@ -143,10 +139,10 @@ class GGUFFile:
     """The dtype that holds every tensor exactly; what is quantized is float32.
 
     Vectors are kept in float32 whatever the matrices are, and do not count.
+    float64 is rounded, as in HFDirectory.
     """
     found = {i.dtype for i in self.tensors.values() if len(i.shape) > 1}
-    dtypes = {_DTYPES.get(name, "float32") for name in found}
-    return next(iter(dtypes)) if len(dtypes) == 1 else "float32"
+    return "bfloat16" if found == {"BF16"} else "float32"
 
   @property
   def names(self) -> Mapping[str, str]:
@@ -189,7 +185,7 @@ class GGUFFile:
     if table is None:
       raise errors.UserError(f"{self._what}: token_embd.weight is missing")
     fields.expect("vocab_size", table.shape[0], why="the table has those rows")
-    values = dict(
+    values: dict[str, Any] = dict(
       vocab_size=table.shape[0],
       num_layers=fields.take("block_count", int),
       embed_dim=width,
@@ -224,8 +220,11 @@ class GGUFFile:
     kind = fields.take("rope.scaling.type", str, "none")
     scaling: RopeScaling | None = None
     if kind == "linear":
-      factor = fields.take("rope.scaling.factor", float)
-      scaling = LinearRopeScaling(factor=_shortest(factor))
+      before = len(fields.problems)
+      factor = _shortest(fields.take("rope.scaling.factor", float))
+      scaling = fields.make(
+        lambda: LinearRopeScaling(factor=factor), since=before
+      )
     elif kind != "none":
       fields.refuse(
         f"rope.scaling.type={kind!r}: expected none or linear; no other scaling"
@@ -233,20 +232,22 @@ class GGUFFile:
       )
     if _ROPE_DIVISORS not in self._tensors:
       return scaling
-    divisors = self.read(_ROPE_DIVISORS)
-    llama3 = Llama3RopeScaling(
-      factor=_shortest(float(divisors.max())),
-      original_context_length=_LLAMA3_CONTEXT,
-    )
-    expected = rotary.frequency_divisors(llama3, head_dim=head_dim, theta=theta)
-    if scaling is not None or (
-      divisors.shape != expected.shape
-      or not np.allclose(divisors, expected, rtol=1e-5)
-    ):
-      fields.refuse(f"{_ROPE_DIVISORS}: its divisors are not those of Llama 3")
-    return llama3
+    divisors = self.read(_ROPE_DIVISORS).astype(np.float64)
+    if divisors.shape == (head_dim // 2,) and np.all(divisors > 0):
+      llama3 = Llama3RopeScaling(
+        factor=_shortest(float(divisors.max())),
+        original_context_length=_LLAMA3_CONTEXT,
+      )
+      expected = rotary.frequency_divisors(
+        llama3, head_dim=head_dim, theta=theta
+      )
+      if scaling is None and np.allclose(divisors, expected, rtol=1e-5):
+        return llama3
+    fields.refuse(f"{_ROPE_DIVISORS}: its divisors are not those of Llama 3")
+    return None
 
   def _ffn(self, fields: Fields) -> dict[str, Any]:
+    before = len(fields.problems)
     hidden = fields.take("feed_forward_length", int, 0)
     if not self._num_experts:
       fields.ignore("expert_count", "expert_used_count")
@@ -270,10 +271,14 @@ class GGUFFile:
         "expert_shared_feed_forward_length", int, hidden
       )
     own = fields.take("expert_feed_forward_length", int, hidden)
-    return {"mlp_dim": own, "moe": MoeConfig(**moe)}
+    made = fields.make(lambda: MoeConfig(**moe), since=before)
+    return {"mlp_dim": own, "moe": made}
 
-  def texts(self) -> Texts:
+  def texts(self, *, with_tokenizer: bool = True) -> Texts:
     """Tokenizer, stop tokens and chat template.
+
+    Args:
+      with_tokenizer: whether to make the tokenizer.
 
     Raises:
       errors.UserError: where the tokenizer is of a kind that is not known.
@@ -282,8 +287,11 @@ class GGUFFile:
       self._metadata.get(f"tokenizer.ggml.{name}_token_id")
       for name in ("eos", "eot", "eom")
     ]
+    tokenizer = None
+    if with_tokenizer:
+      tokenizer = gguf_tokenizer.to_json(self._metadata, what=self._what)
     return Texts(
-      tokenizer=gguf_tokenizer.to_json(self._metadata, what=self._what),
+      tokenizer=tokenizer,
       stop_tokens=tuple(dict.fromkeys(i for i in ids if i is not None)),
       chat_template=self._metadata.get("tokenizer.chat_template"),
     )

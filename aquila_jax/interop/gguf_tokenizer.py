@@ -73,8 +73,21 @@ def to_json(metadata: Mapping[str, Any], *, what: str) -> str | None:
     The text, or None where the file has no tokenizer.
 
   Raises:
-    errors.UserError: where its kind is not known.
+    errors.UserError: where its kind is not known, or it is damaged.
   """
+  try:
+    return _to_json(metadata, what=what)
+  except errors.UserError:
+    raise
+  # The library raises nothing narrower for what makes no tokenizer.
+  except Exception as error:
+    raise errors.UserError(
+      f"{what}: its tokenizer is damaged: {type(error).__name__}:"
+      f" {str(error).splitlines()[0]}; give --tokenizer=tokenizer.json"
+    ) from error
+
+
+def _to_json(metadata: Mapping[str, Any], *, what: str) -> str | None:
   kind = metadata.get("tokenizer.ggml.model")
   if kind is None or kind == "none":
     return None

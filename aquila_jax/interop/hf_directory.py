@@ -6,15 +6,16 @@ Nothing is unpickled: only JSON and safetensors are read.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+import tokenizers
 
 from aquila_jax.core import errors
 from aquila_jax.interop.fields import listed
@@ -29,6 +30,8 @@ _DTYPES = {
   "BF16": np.dtype(jnp.bfloat16),
   "F16": np.dtype(np.float32),
 }
+# Buffers that old versions of transformers saved; they follow from the config.
+_DERIVED = re.compile(r"rotary_emb\.inv_freq$")
 
 
 class HFDirectory:
@@ -55,9 +58,11 @@ class HFDirectory:
     problems = self._open(_shards(path, what=what))
     if problems:
       raise errors.UserError(listed(f"{what}={str(path)!r}", problems))
+    self.tensors = self._described()
 
   def _open(self, shards: list[str]) -> list[str]:
     problems = []
+    owners: dict[str, str] = {}
     for name in shards:
       file = self.path / name
       if not file.is_file():
@@ -68,10 +73,14 @@ class HFDirectory:
         self._files[name] = safetensors.safe_open(str(file), framework="numpy")
       except (safetensors.SafetensorError, OSError) as error:
         problems.append(f"{name} is truncated or damaged: {error}")
+        continue
+      for tensor in self._files[name].keys():  # noqa: SIM118 - no mapping
+        if tensor in owners:
+          problems.append(f"{tensor} is in both {owners[tensor]} and {name}")
+        owners[tensor] = name
     return problems
 
-  @functools.cached_property
-  def tensors(self) -> dict[str, TensorInfo]:
+  def _described(self) -> dict[str, TensorInfo]:
     found = {}
     for file, opened in self._files.items():
       for name in opened.keys():  # noqa: SIM118 - no mapping
@@ -92,36 +101,66 @@ class HFDirectory:
     return value.astype(_DTYPES[info.dtype], copy=False)
 
   @property
-  def dtype(self) -> str:
-    """The dtype that holds every tensor exactly, as ModelConfig names it."""
-    found = {
-      _DTYPES[i.dtype] for i in self.tensors.values() if i.dtype in _DTYPES
-    }
-    for dtype in (np.float64, np.float32):
-      if np.dtype(dtype) in found:
-        return np.dtype(dtype).name
-    return "bfloat16" if found else "float32"
+  def derived(self) -> frozenset[str]:
+    """Tensors that say what the config already has."""
+    return frozenset(name for name in self.tensors if _DERIVED.search(name))
 
   @property
-  def texts(self) -> Texts:
-    """Tokenizer, stop tokens and chat template, those that are there."""
-    tokenizer = self.path / "tokenizer.json"
+  def dtype(self) -> str:
+    """The dtype that holds every tensor exactly, as ModelConfig names it.
+
+    But for float64, which is rounded: models compute in float32 at most.
+    """
+    found = {i.dtype for n, i in self.tensors.items() if n not in self.derived}
+    return "bfloat16" if found == {"BF16"} else "float32"
+
+  def texts(self, *, with_tokenizer: bool = True) -> Texts:
+    """Tokenizer, stop tokens and chat template, those that are there.
+
+    Args:
+      with_tokenizer: whether to read the tokenizer.
+
+    Raises:
+      errors.UserError: where one of the files cannot be read.
+    """
     generation = self._optional("generation_config.json")
     stop = generation.get("eos_token_id", self.config.get("eos_token_id"))
     if stop is None:
       stop = self.config.get("eos_token_id")
     ids = stop if isinstance(stop, list) else [stop]
     return Texts(
-      tokenizer=tokenizer.read_text("utf-8") if tokenizer.is_file() else None,
-      stop_tokens=tuple(i for i in ids if isinstance(i, int) and i >= 0),
+      tokenizer=self._tokenizer() if with_tokenizer else None,
+      stop_tokens=tuple(
+        dict.fromkeys(i for i in ids if isinstance(i, int) and i >= 0)
+      ),
       chat_template=self._chat_template(),
     )
 
+  def _tokenizer(self) -> str | None:
+    file = self.path / "tokenizer.json"
+    if not file.is_file():
+      return None
+    try:
+      text = read_text(file)
+      tokenizers.Tokenizer.from_str(text)
+    # The library raises nothing narrower for a text that it cannot read.
+    except Exception as error:
+      raise errors.UserError(
+        f"{file} is no tokenizer: {str(error).splitlines()[0]}; give"
+        " --tokenizer=tokenizer.json"
+      ) from error
+    return text
+
   def _chat_template(self) -> str | None:
+    """The one template, or that called default among several."""
     file = self.path / "chat_template.jinja"
     if file.is_file():
-      return file.read_text("utf-8")
+      return read_text(file)
     template = self._optional("tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+      named = [entry for entry in template if isinstance(entry, dict)]
+      by_name = {entry.get("name"): entry.get("template") for entry in named}
+      template = by_name.get("default")
     return template if isinstance(template, str) else None
 
   def _optional(self, name: str) -> Mapping[str, Any]:
@@ -138,6 +177,18 @@ class Texts:
   chat_template: str | None
 
 
+def read_text(file: pathlib.Path) -> str:
+  """The characters of a UTF-8 file, its line ends as they are.
+
+  Raises:
+    errors.UserError: where it is not UTF-8.
+  """
+  try:
+    return file.read_bytes().decode("utf-8")
+  except UnicodeDecodeError as error:
+    raise errors.UserError(f"{file} is no text: {error}") from error
+
+
 def read_json(file: pathlib.Path) -> dict[str, Any]:
   """The object in a JSON file.
 
@@ -145,7 +196,7 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     errors.UserError: where it is none.
   """
   try:
-    tree = json.loads(file.read_text("utf-8"))
+    tree = json.loads(read_text(file))
   except (OSError, ValueError) as error:
     raise errors.UserError(f"{file} is no JSON: {error}") from error
   if not isinstance(tree, dict):
