@@ -74,6 +74,7 @@ setuptools.setup(
   packages=setuptools.find_namespace_packages(
     include=["aquila_jax", "aquila_jax.*"]
   ),
+  package_data={"aquila_jax.evaluation.tasks": ["*.yaml"]},
   install_requires=_DEPENDENCIES,
   extras_require=_EXTRAS,
   classifiers=[

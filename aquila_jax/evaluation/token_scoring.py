@@ -354,6 +354,8 @@ def read_prefixes(
 ) -> KVCache:
   """A cache in which every prefix has been read; all end in the same slot.
 
+  What all begin with, such as the examples of a task, is read once.
+
   Args:
     config: of the model.
     params: of the model.
@@ -363,21 +365,61 @@ def read_prefixes(
   Returns:
     The cache, of `shape.rows` rows; those left over hold padding.
   """
-  width = shape.head_width(max(map(len, prefixes)))
+  common = 0
+  # Between it and the rest is padding, which would count for a window.
+  if len(prefixes) > 1 and config.sliding_window is None:
+    pieces = _common_length(prefixes) // shape.head_piece
+    common = pieces * shape.head_piece
+  first = dataclasses.replace(shape, rows=1 if common else shape.rows)
+  cache = decoder_lm.make_cache(
+    config, batch_size=first.rows, num_slots=shape.slots
+  )
+  if common:
+    cache = _read_pieces(
+      config, params, [prefixes[0][:common]], start=0, cache=cache, shape=first
+    )
+    cache = _copy_rows(cache, np.zeros(shape.rows, np.int32))
+  return _read_pieces(
+    config,
+    params,
+    [prefix[common:] for prefix in prefixes],
+    start=common,
+    cache=cache,
+    shape=shape,
+  )
+
+
+def _common_length(prefixes: Sequence[Ids]) -> int:
+  """How many ids all of them begin with."""
+  ordered = sorted(map(tuple, prefixes))  # as words in a dictionary
+  first, last = ordered[0], ordered[-1]
+  pairs = enumerate(zip(first, last, strict=False))
+  differing = (i for i, (one, other) in pairs if one != other)
+  return next(differing, min(len(first), len(last)))
+
+
+def _read_pieces(
+  config: ModelConfig,
+  params: Params,
+  texts: Sequence[Ids],
+  *,
+  start: int,
+  cache: KVCache,
+  shape: Shape,
+) -> KVCache:
+  """The cache with texts from position `start` on, to the right of padding."""
+  width = shape.head_width(max(map(len, texts)))
   tokens, positions, segments = (
     np.zeros((shape.rows, width), np.int32) for _ in range(3)
   )
-  for i, prefix in enumerate(prefixes):
-    if prefix:
-      tokens[i, -len(prefix) :] = prefix
-      positions[i, -len(prefix) :] = np.arange(len(prefix))
-      segments[i, -len(prefix) :] = 1
-  cache = decoder_lm.make_cache(
-    config, batch_size=shape.rows, num_slots=shape.slots
-  )
+  for i, text in enumerate(texts):
+    if text:
+      tokens[i, -len(text) :] = text
+      positions[i, -len(text) :] = start + np.arange(len(text))
+      segments[i, -len(text) :] = 1
   calls = inference_config(config, num_tokens=shape.rows * shape.head_piece)
-  for start in range(0, width, shape.head_piece):
-    piece = np.s_[:, start : start + shape.head_piece]
+  for begin in range(0, width, shape.head_piece):
+    piece = np.s_[:, begin : begin + shape.head_piece]
     cache = _read(
       calls,
       params,

@@ -159,6 +159,27 @@ def test_a_head_is_read_once_for_all_its_continuations(monkeypatch):
   assert sorted(map(len, read)) == [29, 29]
 
 
+@pytest.mark.parametrize("kind", ["dense", "window"])
+def test_what_all_contexts_begin_with_may_be_read_once(kind):
+  common = ids(20, 45)
+  some = [(common + ids(21 + i, 3 * i), ids(30 + i, 3)) for i in range(4)]
+  found = Scorer(config(kind), params(kind))(some)
+  expected = [naive(kind, *request, limit=300) for request in some]
+  np.testing.assert_allclose(
+    [score.log_prob for score in found],
+    [log_prob for log_prob, _ in expected],
+    rtol=RTOL,
+  )
+
+
+def test_common_beginnings_by_hand():
+  common = token_scoring._common_length
+  assert common([[1, 2, 3], [1, 2, 4], [1, 2]]) == 2
+  assert common([(5,), (6, 5)]) == 0
+  assert common([(), (6, 5)]) == 0
+  assert common([(6, 5), (6, 5)]) == 2
+
+
 def test_progress_counts_whole_requests():
   told = []
   scorer = Scorer(config("dense"), params("dense"), batch_size=1)
