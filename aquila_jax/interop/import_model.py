@@ -185,15 +185,10 @@ def import_model(
   dtype = jnp.dtype(config.param_dtype)
   with model_dir.writing(output, stored, axes=axes) as writer:
     for number, slot in enumerate(slots):
-      value = _read(checkpoint.source, slot)
-      with np.errstate(over="ignore"):  # looked for below
-        part = slot.to_part(value).astype(dtype, copy=False)
-      if not has_only_finite(value):
-        problems.not_finite(slot.tensor, value)
-      elif value.dtype != dtype and not has_only_finite(part):
-        problems.beyond_range(slot.tensor, part)
-      elif problems.sound:
+      part = _checked_part(checkpoint.source, slot, dtype, problems=problems)
+      if problems.sound:
         writer.params.write(slot.leaf, part, index=slot.index)
+      del part  # before the next is read
       if number % 100 == 99:
         progress(f"{number + 1} of {len(slots)} tensors")
     _check_contents(checkpoint, problems)
@@ -268,8 +263,22 @@ def _same_shape(found: tuple[int, ...], needed: tuple[int, ...]) -> bool:
   ] == [n for n in needed if n != 1]
 
 
-def _read(source: TensorSource, slot: layout.Slot) -> np.ndarray:
-  return source.read(slot.tensor).reshape(slot.shape)
+def _checked_part(
+  source: TensorSource,
+  slot: layout.Slot,
+  dtype: jnp.dtype,
+  *,
+  problems: Problems,
+) -> np.ndarray:
+  """The part of a leaf that a tensor holds, in the leaf's dtype."""
+  value = source.read(slot.tensor).reshape(slot.shape)
+  with np.errstate(over="ignore"):  # looked for below
+    part = slot.to_part(value).astype(dtype, copy=False)
+  if not has_only_finite(value):
+    problems.not_finite(slot.tensor, value)
+  elif value.dtype != dtype and not has_only_finite(part):
+    problems.beyond_range(slot.tensor, part)
+  return part
 
 
 def _find_not_finite(
