@@ -449,6 +449,7 @@ def _read_window(
         f"layer_types={kinds!r}: expected full_attention or sliding_attention"
         f" for each of {num_layers} layers"
       )
+      return None
     elif not kinds and family.model_type == "qwen2_moe":
       sliding = len(range(0, min(first, num_layers), 2))
     elif not kinds:
