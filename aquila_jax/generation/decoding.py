@@ -12,11 +12,11 @@ then append to the cache at one place.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
@@ -25,13 +25,15 @@ from aquila_jax.core.types import Leaf, Params
 from aquila_jax.generation import sampling
 from aquila_jax.layers.attention import KVCache
 from aquila_jax.models import decoder_lm
-from aquila_jax.models.decoder_lm import DecoderLM
+from aquila_jax.models.decoder_lm import DecoderLM, ListedCache
+
+Cache = TypeVar("Cache", bound=KVCache | ListedCache)
 
 
 class Decoding(struct.PyTreeNode):
   """Where a generation stands after `count` tokens."""
 
-  cache: KVCache  # stacked over layers
+  cache: KVCache | ListedCache  # as the parameters of the steps are
   tokens: Leaf  # int [B N]; N is a bound on the new tokens
   count: Leaf  # int []; of the columns of `tokens` that are filled
   lengths: Leaf  # int [B]; tokens of the prompts
@@ -71,13 +73,13 @@ def append(
   *,
   positions: Int[Array, "B T"],
   segments: Int[Array, "B T"],
-  cache: KVCache,
-) -> tuple[Float[Array, "B V"], KVCache]:
+  cache: Cache,
+) -> tuple[Float[Array, "B V"], Cache]:
   """Reads T more tokens of every row.
 
   Args:
     config: of `inference_config`.
-    params: of the model.
+    params: of the model; of `step_params` where the cache is listed.
     tokens: to append to the cache.
     positions: from 0 in every row.
     segments: 0 for padding and 1 for text.
@@ -86,12 +88,14 @@ def append(
   Returns:
     The logits after the last token, and the grown cache.
   """
-  out: Any = DecoderLM(config).apply(
+  listed = isinstance(cache, ListedCache)
+  out: Any = DecoderLM(config, listed=listed).apply(
     {"params": params},
     tokens,
     positions=positions,
     segments=segments,
     cache=cache,
+    last_only=True,
   )
   return out.logits[:, -1], out.cache
 
@@ -105,6 +109,7 @@ def prefill(
   chooser: sampling.Chooser,
   stop_tokens: Int[Array, "stops"],
   max_new_tokens: int,
+  listed: bool = False,
 ) -> Decoding:
   """Reads the prompts and chooses the first token.
 
@@ -116,6 +121,7 @@ def prefill(
     chooser: of `sampling.make_chooser`.
     stop_tokens: each ends a row; -1 is none.
     max_new_tokens: N, the room for new tokens.
+    listed: gives the cache for the listed parameters of `step_params`.
 
   Returns:
     The state after one new token.
@@ -137,7 +143,7 @@ def prefill(
   first = sampling.choose(logits, chooser, step=count)
   tokens = jnp.zeros((batch_size, max_new_tokens), jnp.int32)
   return Decoding(
-    cache=cache,
+    cache=decoder_lm.list_cache(cache) if listed else cache,
     tokens=tokens.at[:, 0].set(first),
     count=count + 1,
     lengths=lengths,
@@ -184,34 +190,16 @@ def _among(
   return jnp.any(tokens[:, None] == stop_tokens[None], axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens"))
-def decode_all(
+def advance_all(
   config: ModelConfig,
   params: Params,
-  prompts: Int[Array, "B T"],
-  lengths: Int[Array, "B"],
+  state: Decoding,
   *,
   chooser: sampling.Chooser,
   stop_tokens: Int[Array, "stops"],
   limit: Int[Array, ""],
-  max_new_tokens: int,
-) -> tuple[Int[Array, "B N"], Int[Array, ""]]:
-  """`prefill`, then `advance` until every row has stopped or has `limit`.
-
-  One program for each shape; `limit` <= max_new_tokens is an argument of it.
-
-  Returns:
-    The new tokens, and how many of the columns are filled.
-  """
-  state = prefill(
-    config,
-    params,
-    prompts,
-    lengths,
-    chooser=chooser,
-    stop_tokens=stop_tokens,
-    max_new_tokens=max_new_tokens,
-  )
+) -> Decoding:
+  """`advance` until every row has stopped or has `limit` tokens."""
 
   def goes_on(state):
     return (state.count < limit) & ~jnp.all(state.finished)
@@ -221,12 +209,53 @@ def decode_all(
       config, params, state, chooser=chooser, stop_tokens=stop_tokens
     )
 
-  state = jax.lax.while_loop(goes_on, one_step, state)
-  return state.tokens, state.count
+  return jax.lax.while_loop(goes_on, one_step, state)
 
 
-# The same two steps as separate programs, for a text that is shown as it grows.
-prefill_once = jax.jit(prefill, static_argnames=("config", "max_new_tokens"))
+# One program for each shape. A text that is shown as it grows takes the steps
+# one by one.
+prefill_once = jax.jit(
+  prefill, static_argnames=("config", "max_new_tokens", "listed")
+)
 advance_once = jax.jit(
   advance, static_argnames="config", donate_argnames="state"
 )
+advance_to_end = jax.jit(
+  advance_all, static_argnames="config", donate_argnames="state"
+)
+
+
+def step_params(params: Params) -> Params:
+  """The parameters as `advance` reads them fastest; no second copy of them.
+
+  On a CPU that is each layer's by itself: see `DecoderLM.listed`. They are
+  views of the stacked ones, which must stay as they are meanwhile. Elsewhere,
+  or spread over devices, they are what was given.
+
+  Args:
+    params: of the model.
+
+  Returns:
+    The parameters for `advance`; `is_listed` tells which.
+  """
+  leaves = jax.tree.leaves(params)
+  if not all(isinstance(leaf, jax.Array) for leaf in leaves):
+    return params
+  devices = {device for leaf in leaves for device in leaf.devices()}
+  if len(devices) != 1 or devices.pop().platform != "cpu":
+    return params
+  return decoder_lm.list_layers(params, split=_views)
+
+
+def is_listed(params: Params) -> bool:
+  """Whether parameters are listed, or stacked as the model has them."""
+  return "layers" not in params
+
+
+def _views(stack: jax.Array) -> list[jax.Array]:
+  # Committed to a device like the stack or not: the steps' results are then
+  # like their arguments, and no second program is compiled for them.
+  place = stack.sharding if stack.committed else None
+  return [
+    jax.device_put(layer, place, may_alias=True) for layer in np.asarray(stack)
+  ]

@@ -14,6 +14,7 @@ from aquila_jax.core.model_dir import StoredModel
 from aquila_jax.core.types import Params
 from aquila_jax.generation import tokens as tokens_lib
 from aquila_jax.generation.sampling import Sampling
+from aquila_jax.generation.tokens import Timing
 
 # Names under which tokenizers keep the token that ends a document.
 _END_OF_TEXT = (
@@ -78,7 +79,12 @@ class Generation:
 
 
 def generate(
-  model: TextModel, prompts: Sequence[str], *, sampling: Sampling
+  model: TextModel,
+  prompts: Sequence[str],
+  *,
+  sampling: Sampling,
+  row_ids: Sequence[int] | None = None,
+  timing: Timing | None = None,
 ) -> list[Generation]:
   """Continues every prompt.
 
@@ -90,6 +96,8 @@ def generate(
     prompts: texts; the tokenizer of a MODEL puts end of text in front, so
       that an empty one begins a document.
     sampling: the options.
+    row_ids: the number of each prompt, as for `generate_tokens`.
+    timing: is added to.
 
   Returns:
     One continuation a prompt, in order.
@@ -108,7 +116,9 @@ def generate(
     model.params,
     ids,
     sampling=_with_stop_tokens(model, sampling),
+    row_ids=row_ids,
     vocab_size=model.tokenizer.get_vocab_size(),
+    timing=timing,
   )
   return [
     Generation(
@@ -121,7 +131,11 @@ def generate(
 
 
 def stream(
-  model: TextModel, prompt: str, *, sampling: Sampling
+  model: TextModel,
+  prompt: str,
+  *,
+  sampling: Sampling,
+  timing: Timing | None = None,
 ) -> Iterator[str]:
   """Continues one prompt, in pieces of whole characters as they are known.
 
@@ -131,6 +145,7 @@ def stream(
     model: the model and its tokenizer.
     prompt: a text.
     sampling: the options.
+    timing: is added to, at the end.
 
   Yields:
     Pieces of text, none empty.
@@ -148,6 +163,7 @@ def stream(
     ids,
     sampling=_with_stop_tokens(model, sampling),
     vocab_size=tokenizer.get_vocab_size(),
+    timing=timing,
   )
   shown = text = ""
   for one in known:

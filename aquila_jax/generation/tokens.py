@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -32,6 +34,22 @@ class TokenGeneration:
   ended_by: Literal["stop", "length", "context"]
 
 
+@dataclasses.dataclass(kw_only=True)
+class Timing:
+  """Where the time of generations went; each call that is given one adds.
+
+  A call that is given one compiles its programs beforehand, so that the rates
+  are those of programs that are there.
+  """
+
+  compile_s: float = 0.0  # compiling, or loading what was compiled once
+  prefill_s: float = 0.0
+  decode_s: float = 0.0
+  prompt_tokens: int = 0
+  # Of all rows, without the first of each: that one is of the prefill.
+  decoded_tokens: int = 0
+
+
 def generate_tokens(
   config: ModelConfig,
   params: Params,
@@ -41,6 +59,7 @@ def generate_tokens(
   mask: Bool[np.ndarray, "rows columns"] | None = None,
   row_ids: Sequence[int] | None = None,
   vocab_size: int | None = None,
+  timing: Timing | None = None,
 ) -> list[TokenGeneration]:
   """Continues every prompt; the rows do not see each other.
 
@@ -63,6 +82,7 @@ def generate_tokens(
       random key; None counts from 0. A prompt gives the same alone as in a
       batch under the same number.
     vocab_size: ids from here on are never chosen; None is all of the model's.
+    timing: is added to.
 
   Returns:
     One continuation a prompt, in order.
@@ -74,21 +94,26 @@ def generate_tokens(
   rows = _unpadded(prompts, mask)
   if not rows:
     return []
-  request = _prepare(
-    config, rows, sampling=sampling, row_ids=row_ids, vocab_size=vocab_size
-  )
-  tokens, count = decoding.decode_all(
+  run = _prepare(
     config,
     params,
-    request.prompts,
-    request.lengths,
-    chooser=request.chooser,
-    stop_tokens=request.stop_tokens,
-    limit=request.limit,
-    max_new_tokens=request.room,
+    rows,
+    sampling=sampling,
+    row_ids=row_ids,
+    vocab_size=vocab_size,
   )
-  chosen = np.asarray(tokens)[:, : int(count)].tolist()
-  return [request.ended(row, ids) for row, ids in enumerate(chosen)]
+  stopwatch = _Stopwatch(timing)
+  if timing is not None:
+    # No step is taken: the limit is reached after the prefill.
+    stopwatch.lap("compile_s", run.to_end(run.prefill(), limit=1))
+  state = run.prefill()
+  stopwatch.lap("prefill_s", state)
+  state = run.to_end(state, limit=run.limit)
+  chosen = np.asarray(state.tokens)[:, : int(state.count)].tolist()
+  stopwatch.lap("decode_s", state)
+  ended = [run.ended(row, ids) for row, ids in enumerate(chosen)]
+  stopwatch.count(run, ended)
+  return ended
 
 
 def stream_tokens(
@@ -98,6 +123,7 @@ def stream_tokens(
   *,
   sampling: Sampling,
   vocab_size: int | None = None,
+  timing: Timing | None = None,
 ) -> Iterator[TokenGeneration]:
   """Continues one prompt: what is known of it after every new token.
 
@@ -107,6 +133,7 @@ def stream_tokens(
     prompt: ids.
     sampling: the options, as for `generate_tokens`.
     vocab_size: ids from here on are never chosen; None is all of the model's.
+    timing: is added to, at the end.
 
   Yields:
     The continuation so far, the last of which `generate_tokens` gives. Only
@@ -115,42 +142,76 @@ def stream_tokens(
   Raises:
     errors.UserError: as `generate_tokens`.
   """
-  request = _prepare(config, [prompt], sampling=sampling, vocab_size=vocab_size)
-  fixed: dict[str, Any] = dict(
-    chooser=request.chooser, stop_tokens=request.stop_tokens
+  run = _prepare(
+    config, params, [prompt], sampling=sampling, vocab_size=vocab_size
   )
-  state = decoding.prefill_once(
-    config,
-    params,
-    request.prompts,
-    request.lengths,
-    max_new_tokens=request.room,
-    **fixed,
-  )
-  limit = int(request.limit)
-  for count in range(1, limit + 1):
-    known = request.ended(0, np.asarray(state.tokens)[0, :count].tolist())
-    done = bool(state.finished[0]) or count == limit
+  stopwatch = _Stopwatch(timing)
+  if timing is not None:
+    stopwatch.lap("compile_s", run.step(run.prefill()))
+  state = run.prefill()
+  stopwatch.lap("prefill_s", state)
+  for count in range(1, run.limit + 1):
+    known = run.ended(0, np.asarray(state.tokens)[0, :count].tolist())
+    done = bool(state.finished[0]) or count == run.limit
     if not done:
       # Computes while the caller shows the token.
-      state = decoding.advance_once(config, params, state, **fixed)
+      state = run.step(state)
+    else:
+      stopwatch.lap("decode_s", state)
+      stopwatch.count(run, [known])
     yield known
     if done:
       return
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Request:
-  """Prompts and options as the programs take them."""
+class _Run:
+  """Parameters, prompts and options as the programs take them."""
 
+  config: ModelConfig
+  params: Params
+  step_params: Params
   prompts: np.ndarray  # int32 [B T]; padded on the left
   lengths: np.ndarray  # int32 [B]
   chooser: Chooser
   stop_tokens: np.ndarray  # int32 [stops]; padded with -1
-  limit: np.ndarray  # int32 []; new tokens of a row, at most
+  limit: int  # new tokens of a row, at most
   room: int  # N, a power of two >= limit
   max_new_tokens: int
   context_length: int
+
+  def prefill(self) -> decoding.Decoding:
+    return decoding.prefill_once(
+      self.config,
+      self.params,
+      self.prompts,
+      self.lengths,
+      chooser=self.chooser,
+      stop_tokens=self.stop_tokens,
+      max_new_tokens=self.room,
+      listed=decoding.is_listed(self.step_params),
+    )
+
+  def step(self, state: decoding.Decoding) -> decoding.Decoding:
+    return decoding.advance_once(
+      self.config,
+      self.step_params,
+      state,
+      chooser=self.chooser,
+      stop_tokens=self.stop_tokens,
+    )
+
+  def to_end(
+    self, state: decoding.Decoding, *, limit: int
+  ) -> decoding.Decoding:
+    return decoding.advance_to_end(
+      self.config,
+      self.step_params,
+      state,
+      chooser=self.chooser,
+      stop_tokens=self.stop_tokens,
+      limit=np.asarray(limit, np.int32),
+    )
 
   def ended(self, row: int, chosen: list[int]) -> TokenGeneration:
     """What became of a row, from all tokens chosen for it."""
@@ -166,14 +227,41 @@ class _Request:
     )
 
 
+class _Stopwatch:
+  """Fills a `Timing`; does nothing, and waits for nothing, without one."""
+
+  def __init__(self, timing: Timing | None):
+    self._timing = timing
+    self._start = time.perf_counter()
+
+  def lap(self, name: str, state: decoding.Decoding) -> None:
+    """Adds the time since the last lap, until `state` is there."""
+    if self._timing is None:
+      return
+    jax.block_until_ready(state)
+    now = time.perf_counter()
+    elapsed = getattr(self._timing, name) + now - self._start
+    setattr(self._timing, name, elapsed)
+    self._start = now
+
+  def count(self, run: _Run, ended: Sequence[TokenGeneration]) -> None:
+    if self._timing is None:
+      return
+    self._timing.prompt_tokens += int(run.lengths.sum())
+    for one in ended:
+      chosen = len(one.tokens) + (one.ended_by == "stop")
+      self._timing.decoded_tokens += chosen - 1
+
+
 def _prepare(
   config: ModelConfig,
+  params: Params,
   prompts: Sequence[Sequence[int]],
   *,
   sampling: Sampling,
   row_ids: Sequence[int] | None = None,
   vocab_size: int | None = None,
-) -> _Request:
+) -> _Run:
   _check(config, prompts, sampling=sampling)
   if row_ids is not None and len(row_ids) != len(prompts):
     raise errors.UserError(
@@ -194,7 +282,10 @@ def _prepare(
   limit = min(
     sampling.max_new_tokens, config.context_length - int(lengths.min())
   )
-  return _Request(
+  return _Run(
+    config=config,
+    params=params,
+    step_params=decoding.step_params(params),
     prompts=padded,
     lengths=lengths,
     chooser=make_chooser(
@@ -204,7 +295,7 @@ def _prepare(
       row_ids=None if row_ids is None else np.asarray(row_ids, np.int32),
     ),
     stop_tokens=padded_stops,
-    limit=np.asarray(limit, np.int32),
+    limit=limit,
     room=_power_of_two(limit),
     max_new_tokens=sampling.max_new_tokens,
     context_length=config.context_length,

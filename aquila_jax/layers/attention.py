@@ -69,6 +69,8 @@ def attend(
 
   Heads stay group-major, [K, G], as the kernels have them.
   """
+  if query.shape[1] == 1:
+    return _attend_one(query, key, value, mask=mask)
   scale = query.shape[-1] ** -0.5
   dtype = dtypes.at_least_float32(query.dtype)
   logits = jnp.einsum(
@@ -77,6 +79,29 @@ def attend(
   logits = jnp.where(mask[:, None, None], logits, jnp.finfo(dtype).min)
   weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
   return jnp.einsum("BKGTS,BSKH->BTKGH", weights, value)
+
+
+def _attend_one(
+  query: Float[Array, "B 1 K G H"],
+  key: Float[Array, "B S K H"],
+  value: Float[Array, "B S K H"],
+  *,
+  mask: Bool[Array, "B 1 S"],
+) -> Float[Array, "B 1 K G H"]:
+  """`attend` for one query a row, the step of a generation.
+
+  The products are the same in another order: with the cache as the left operand
+  XLA:CPU reads it where it lies, and otherwise copies it transposed first. On 2
+  cores that made a product of 8 x 160 slots 0.03 ms, from 0.22 ms.
+  """
+  scale = query.shape[-1] ** -0.5
+  dtype = dtypes.at_least_float32(query.dtype)
+  logits = jnp.einsum(
+    "BSKH,BKGH->BKGS", key, query[:, 0] * scale, preferred_element_type=dtype
+  )
+  logits = jnp.where(mask[:, None], logits, jnp.finfo(dtype).min)
+  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+  return jnp.einsum("BSKH,BKGS->BKGH", value, weights)[:, None]
 
 
 class Attention(nn.Module):

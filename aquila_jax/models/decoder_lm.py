@@ -114,6 +114,7 @@ class DecoderLM(nn.Module):
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
     cache: KVCache | ListedCache | None = None,
+    last_only: bool = False,
   ) -> DecoderOutput:
     """Logits of the next token, for every token.
 
@@ -123,6 +124,8 @@ class DecoderLM(nn.Module):
       segments: documents of a row, from 1; 0 is padding.
       cache: of `make_cache`, to go on from; T new tokens are appended. Of
         `list_cache` where the layers are listed.
+      last_only: logits of the last token only, [B 1 V]; those of all tokens
+        of a long prompt may be larger than the model.
 
     Returns:
       Logits, the routing of every layer, and the grown cache.
@@ -130,8 +133,10 @@ class DecoderLM(nn.Module):
     config = self.config
     embedding = Embedding(config, name="embedding")
     x = embedding(tokens)
-    layers = self._list if self.listed else self._scan
+    layers: Any = self._list if self.listed else self._scan
     x, routing, cache = layers(x, cache, positions=positions, segments=segments)
+    if last_only:
+      x = x[:, -1:]
     tied = config.tied_embeddings
     x = _norm(config, "final_norm", reads=tied)(x)
     logits = embedding.attend(x) if tied else LMHead(config, name="lm_head")(x)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 from tokenizers import processors
@@ -132,14 +134,41 @@ def test_ends_at_the_context_and_says_so():
   assert alone == first
 
 
-def test_lengths_of_one_bucket_share_a_program():
+@pytest.mark.parametrize("streams", [False, True])
+def test_lengths_of_one_bucket_share_their_programs(streams):
   model = text_model(False)
-  program: Any = decoding.decode_all
-  program.clear_cache()
-  for prompt, new in (("abc", 5), ("abcdefgh", 8), ("q", 6)):
-    sampling = dataclasses.replace(GREEDY, max_new_tokens=new)
-    generate(model, [prompt], sampling=sampling)
-  assert program._cache_size() == 1
+  programs: dict[str, Any] = {
+    name: getattr(decoding, name)
+    for name in ("prefill_once", "advance_once", "advance_to_end")
+  }
+  for program in programs.values():
+    program.clear_cache()
+  # Up to 16 tokens of the prompt, and 5 to 8 new ones.
+  for prompt, new in (("abc", 5), ("abcdefgh", 8), ("q" * 16, 6)):
+    for options in (dict(), dict(top_k=3, seed=1, stop_tokens=(1, 2))):
+      sampling = dataclasses.replace(
+        GREEDY, max_new_tokens=new, **(options | dict(temperature=0.5))
+      )
+      if streams:
+        assert list(stream(model, prompt, sampling=sampling))
+      else:
+        generate(model, [prompt], sampling=sampling)
+  assert {name: one._cache_size() for name, one in programs.items()} == {
+    "prefill_once": 1,
+    "advance_once": int(streams),
+    "advance_to_end": int(not streams),
+  }
+
+
+def test_nothing_is_compiled_as_the_text_grows(caplog):
+  model = text_model(False)
+  sampling = dataclasses.replace(GREEDY, max_new_tokens=16)
+  pieces = stream(model, "abc", sampling=sampling)
+  next(pieces)
+  with jax.log_compiles(), caplog.at_level(logging.WARNING):
+    rest = list(pieces)
+  assert len(rest) > 4
+  assert [r.message for r in caplog.records if "ompil" in r.message] == []
 
 
 @pytest.mark.parametrize("seed", range(2))
