@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -166,7 +167,7 @@ def test_shards_hold_no_more_than_they_may(tmp_path, max_bytes):
   ]
   index = json.loads((path / "model.safetensors.index.json").read_text())
   assert index["metadata"] == {"total_size": exported.num_bytes}
-  held: dict[str, str] = {}
+  held: dict[str, Any] = {}
   total = 0
   previous = max_bytes
   for file in files:
@@ -176,7 +177,7 @@ def test_shards_hold_no_more_than_they_may(tmp_path, max_bytes):
     # No file could have taken the first tensor of the next.
     assert previous + max(t.nbytes for t in tensors.values()) > max_bytes
     previous, total = size, total + size
-    held.update(dict.fromkeys(tensors, file.name))
+    held |= dict.fromkeys(tensors, file.name)
   assert held == index["weight_map"]
   assert (total, len(held)) == (exported.num_bytes, exported.num_tensors)
   back = tiny.imported(path, tmp_path / "back")

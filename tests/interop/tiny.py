@@ -215,9 +215,13 @@ def copy_of(
 
 
 def change_json(file: pathlib.Path, change: Callable[[Any], Any]) -> None:
-  tree = json.loads(file.read_text())
+  tree = read_json(file)
   change(tree)
   file.write_text(json.dumps(tree))
+
+
+def read_json(file: pathlib.Path) -> Any:
+  return json.loads(file.read_text())
 
 
 def contents(directory: pathlib.Path) -> list[str]:
