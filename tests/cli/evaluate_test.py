@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 
@@ -100,6 +101,73 @@ def test_it_measures_what_the_library_measures(commands, dense, data, tmp_path):
   assert list(expected[0].languages) == ["en", "zh"]
 
 
+@pytest.mark.skipif(
+  importlib.util.find_spec("lm_eval") is not None, reason="lm_eval is there"
+)
+def test_tasks_without_the_harness_say_what_to_install(commands, dense):
+  missing = "tasks need the package lm_eval; install it: pip install -e .[eval]"
+  tasks = "--tasks=hellaswag_100"
+  commands.assert_refused(
+    {
+      "tasks": (("evaluate", f"--model={dense}", tasks), missing),
+      "their names": (("evaluate", "--tasks=list"), missing),
+      "the harness itself": (("harness", "--model=aquila", tasks), missing),
+    }
+  )
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval"
+)
+def test_tasks_give_a_table_a_record_and_samples(commands, dense, tmp_path):
+  folder = tmp_path / "tasks"
+  folder.mkdir()
+  (folder / "data.jsonl").write_text(
+    "\n".join(json.dumps({"q": q, "a": ["x", "yes"]}) for q in "abc")
+  )
+  (folder / "mine.yaml").write_text(
+    f"""
+task: mine
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {folder}/data.jsonl
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: a
+doc_to_target: 0
+"""
+  )
+  samples, output = tmp_path / "samples.jsonl", tmp_path / "new" / "out.json"
+  common = (f"--model={dense}", f"--include_path={folder}")
+  found = succeeded(
+    commands.run(
+      "evaluate",
+      *common,
+      "--tasks=mine",
+      "--limit=2",
+      f"--output={output}",
+      f"--samples={samples}",
+    )
+  )
+  record = json.loads(output.read_text(encoding="utf-8"))
+  assert record["model"] == str(dense)
+  (metric, *_) = record["tasks"]["mine"]["metrics"]
+  assert (metric["name"], metric["items"]) == ("acc", 2)
+  assert f"{metric['value']:.4f}" in found.out
+  lines = samples.read_text(encoding="utf-8").splitlines()
+  assert [json.loads(line)["doc"]["q"] for line in lines] == ["a", "b"]
+  commands.assert_refused(
+    {
+      "samples that exist": (
+        ("evaluate", *common, "--tasks=mine", f"--samples={samples}"),
+        f"--samples={str(samples)!r}: it exists; choose another",
+      )
+    }
+  )
+
+
 def test_mistakes_are_refused(commands, dense, data, tmp_path):
   damaged, other = tmp_path / "damaged", tmp_path / "other"
   tiny.damaged_copy(dense, damaged)
@@ -157,6 +225,26 @@ def test_mistakes_are_refused(commands, dense, data, tmp_path):
       "a language of prepared data": (
         ("evaluate", model, f"--data={data}", output, "--language=fr"),
         "--language=fr: is of text; --data is prepared data",
+      ),
+      "no model": (
+        ("evaluate", text, output),
+        "--model must be given; --help lists the flags",
+      ),
+      "neither data nor tasks": (
+        ("evaluate", model, output),
+        "give --data or --tasks, and not both",
+      ),
+      "data and tasks": (
+        ("evaluate", model, text, "--tasks=hellaswag_100"),
+        "give --data or --tasks, and not both",
+      ),
+      "an option of tasks": (
+        ("evaluate", model, text, "--limit=3"),
+        "--limit=3: is of --tasks; this evaluates --data",
+      ),
+      "an option of data": (
+        ("evaluate", model, "--tasks=hellaswag_100", "--max_tokens=3"),
+        "--max_tokens=3: is of --data; this evaluates --tasks",
       ),
       "longer rows than the context": (
         ("evaluate", model, text, output, "--sequence_length=65"),
