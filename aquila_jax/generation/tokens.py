@@ -49,6 +49,16 @@ class Timing:
   # Of all rows, without the first of each: that one is of the prefill.
   decoded_tokens: int = 0
 
+  def in_words(self) -> str:
+    """The rates, in one line."""
+    words = (
+      f"prefill: {self.prompt_tokens} tokens in {1000 * self.prefill_s:.0f} ms;"
+    )
+    if self.decoded_tokens:
+      rate = self.decoded_tokens / self.decode_s
+      words += f" decode: {self.decoded_tokens} tokens at {rate:.1f} tokens/s;"
+    return words + f" {self.compile_s:.1f} s to compile, before"
+
 
 def generate_tokens(
   config: ModelConfig,

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
+from typing import Any
+
 from aquila_jax.generation.generate import generate, text_model
 from aquila_jax.generation.sampling import Sampling
 from tests.cli import tiny
@@ -29,9 +34,60 @@ def test_it_writes_the_text_of_the_library(commands, dense):
 
   assert greedy.out == text(PROMPT, temperature=0.0)
   assert sampled.out == text("", temperature=0.7, top_p=0.9, seed=3)
+  rates = (
+    r"prefill: \d+ tokens in \d+ ms; decode: \d+ tokens at [\d.]+ tokens/s;"
+  )
+  assert re.fullmatch(rates + r" [\d.]+ s to compile, before\n", greedy.err)
 
 
-def test_mistakes_are_refused(commands, dense):
+def test_several_prompts_give_what_the_library_gives(commands, dense, tmp_path):
+  model = text_model(tiny.load(dense))
+  prompts = ["The river", "a", '{"b']
+  lines = tmp_path / "prompts.jsonl"
+  lines.write_text("\n".join(json.dumps({"prompt": p}) for p in prompts) + "\n")
+  options: dict[str, Any] = dict(
+    max_new_tokens=8, temperature=0.9, top_k=20, top_p=0.95
+  )
+  sampling = Sampling(**options, stop_tokens=())
+  (free, *_) = generate(model, prompts, sampling=sampling)
+  stops = (free.tokens[4], 7)
+  sampling = dataclasses.replace(sampling, stop_tokens=stops)
+  expected = generate(model, prompts, sampling=sampling)
+  assert expected[0].ended_by == "stop"
+
+  command = (
+    "generate",
+    f"--model={dense}",
+    *(f"--{name}={value}" for name, value in options.items()),
+    f"--stop_token={model.tokenizer.id_to_token(stops[0])}",
+    "--stop_token=7",
+  )
+  as_json, plain = map(
+    succeeded,
+    commands.run_all(
+      [
+        # Two batches: 2 prompts and 1.
+        (*command, f"--prompts_file={lines}", "--json", "--batch_size=2"),
+        (*command, *(f"--prompt={prompt}" for prompt in prompts)),
+      ]
+    ),
+  )
+  assert [json.loads(line) for line in as_json.out.splitlines()] == [
+    dict(
+      prompt=prompt,
+      text=one.text,
+      tokens=list(one.tokens),
+      ended_by=one.ended_by,
+    )
+    for prompt, one in zip(prompts, expected, strict=True)
+  ]
+  texts = [p + one.text for p, one in zip(prompts, expected, strict=True)]
+  assert plain.out == "\n\n".join(texts) + "\n"
+
+
+def test_mistakes_are_refused(commands, dense, tmp_path):
+  lines = tmp_path / "bad.jsonl"
+  lines.write_text('{"prompt": "a"}\n\n{"prompt": 3}\n')
   wrong = dense.parent / "dens"
   model = f"--model={dense}"
   long = "word " * 100
@@ -46,6 +102,19 @@ def test_mistakes_are_refused(commands, dense):
       "a temperature that is no number": (
         ("generate", model, "--temperature=nan"),
         "temperature=nan: need >= 0",
+      ),
+      "a stop token that is none": (
+        ("generate", model, "--stop_token=7", "--stop_token=<nothing>"),
+        "--stop_token='<nothing>': is no token of the model; expected an id"
+        f" below {tiny.load(dense).config.vocab_size}, or the text of a token",
+      ),
+      "two sources of prompts": (
+        ("generate", model, "--prompt=a", f"--prompts_file={lines}"),
+        "--prompt and --prompts_file are both given; expected one of them",
+      ),
+      "a line without a prompt": (
+        ("generate", model, f"--prompts_file={lines}"),
+        f'--prompts_file={str(lines)!r}: line 3: expected {{"prompt": a text}}',
       ),
       "a prompt that fills the context": (
         ("generate", model, f"--prompt={long}"),

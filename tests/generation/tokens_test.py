@@ -12,6 +12,7 @@ from aquila_jax.core import errors
 from aquila_jax.generation.generate import TextModel
 from aquila_jax.generation.sampling import Sampling
 from aquila_jax.generation.tokens import (
+  Timing,
   TokenGeneration,
   generate_tokens,
   stream_tokens,
@@ -102,6 +103,48 @@ def test_a_stream_grows_to_what_generate_gives(model):
     whole.tokens[:count] for count in range(1, 7)
   ]
   assert known[-1] == whole
+
+
+def test_a_timing_counts_what_it_was_given_for():
+  model = text_model(False)
+  timing = Timing()
+  free = call(model, PROMPTS, sampling=GREEDY, timing=timing)
+  assert free == call(model, PROMPTS, sampling=GREEDY)
+  # 3 + 7 + 1 + 2 of the prompts; of each row's 6 the first is of the prefill.
+  assert (timing.prompt_tokens, timing.decoded_tokens) == (13, 4 * 5)
+  assert min(timing.compile_s, timing.prefill_s, timing.decode_s) > 0
+  stop = free[0].tokens[3]
+  sampling = dataclasses.replace(GREEDY, stop_tokens=(stop,))
+  stream = stream_tokens(
+    model.config, model.params, PROMPTS[0], sampling=sampling, timing=timing
+  )
+  steps = len(list(stream)) - 1
+  assert steps == free[0].tokens.index(stop)
+  assert (timing.prompt_tokens, timing.decoded_tokens) == (16, 20 + steps)
+
+
+@pytest.mark.parametrize(
+  ("timing", "words"),
+  [
+    (
+      Timing(
+        compile_s=1.23,
+        prefill_s=0.0456,
+        decode_s=2.0,
+        prompt_tokens=12,
+        decoded_tokens=63,
+      ),
+      "prefill: 12 tokens in 46 ms; decode: 63 tokens at 31.5 tokens/s; 1.2 s"
+      " to compile, before",
+    ),
+    (
+      Timing(prefill_s=1.0, prompt_tokens=1),
+      "prefill: 1 tokens in 1000 ms; 0.0 s to compile, before",
+    ),
+  ],
+)
+def test_a_timing_in_words(timing, words):
+  assert timing.in_words() == words
 
 
 def test_no_prompts_give_nothing():
