@@ -17,8 +17,9 @@ VERBS = sorted(
 )
 
 
-def test_there_are_eleven_verbs():
+def test_there_are_twelve_verbs():
   assert VERBS == [
+    "compare_hf",
     "count",
     "efficient_scale",
     "evaluate",
@@ -36,13 +37,17 @@ def test_there_are_eleven_verbs():
 def test_help_of_every_verb_names_its_flags_and_ends_with_0(commands):
   found = commands.run_all([(verb, "--help") for verb in VERBS])
   flags = {
+    "compare_hf": "model reference text text_file continue_tokens tolerance"
+    " [no]trace output",
     "count": "config stage",
     "efficient_scale": "config workdir",
     "evaluate": "model data output split language text_field batch_size"
-    " sequence_length max_tokens",
+    " sequence_length max_tokens tasks num_fewshot limit include_path samples"
+    " dtype",
     "export_hf": "source output dtype max_shard_size",
     "fetch_model": "output param_dtype [no]list",
-    "generate": "model prompt max_new_tokens temperature top_p seed",
+    "generate": "model prompt prompts_file max_new_tokens temperature top_k"
+    " top_p seed stop_token batch_size [no]json",
     "import_hf": "source output param_dtype tokenizer",
     "prepare_data": "config output",
     "scale_out": "source output num_experts top_k method optimizer seed",
