@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -11,7 +12,11 @@ import numpy as np
 import pytest
 
 from aquila_jax.core import axes
-from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.core.model_config import (
+  LinearRopeScaling,
+  Llama3RopeScaling,
+  ModelConfig,
+)
 from aquila_jax.layers import attention, rotary
 from aquila_jax.layers.attention import Attention, KVCache
 
@@ -59,6 +64,40 @@ def test_mask_with_an_offset_sees_the_slots_before():
     jnp.asarray([[1, 1]]), jnp.asarray([[1, 2, 1, 1, 0]]), offset=2
   )
   expected = [[1, 0, 1, 0, 0], [1, 0, 1, 1, 0]]
+  np.testing.assert_array_equal(mask[0], np.array(expected, bool))
+
+
+def test_mask_of_a_window_sees_so_many_slots_back():
+  segments = jnp.asarray([[1, 1, 1, 1, 2, 2, 2]])
+  mask = attention.causal_mask(segments, segments, window=3)
+  expected = [
+    [1, 0, 0, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0, 0, 0],
+    [1, 1, 1, 0, 0, 0, 0],
+    [0, 1, 1, 1, 0, 0, 0],
+    # The second document's window ends at its border.
+    [0, 0, 0, 0, 1, 0, 0],
+    [0, 0, 0, 0, 1, 1, 0],
+    [0, 0, 0, 0, 1, 1, 1],
+  ]
+  np.testing.assert_array_equal(mask[0], np.array(expected, bool))
+  own = attention.causal_mask(segments, segments, window=1)
+  np.testing.assert_array_equal(own[0], np.eye(7, dtype=bool))
+  for window in (7, 100):
+    np.testing.assert_array_equal(
+      attention.causal_mask(segments, segments, window=window),
+      attention.causal_mask(segments, segments),
+    )
+
+
+def test_mask_of_a_window_counts_from_the_offset():
+  mask = attention.causal_mask(
+    jnp.asarray([[1, 1]]),
+    jnp.asarray([[1, 1, 1, 1, 1, 0]]),
+    offset=3,
+    window=2,
+  )
+  expected = [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0]]
   np.testing.assert_array_equal(mask[0], np.array(expected, bool))
 
 
@@ -119,10 +158,10 @@ def _layer(**fields):
       segments=jnp.asarray(SEGMENTS),
     )
   )
-  params = {
-    name: jnp.asarray(_normal(i, leaf.shape)) / 2
-    for i, (name, leaf) in enumerate(sorted(variables["params"].items()))
-  }
+  leaves, structure = jax.tree.flatten(variables["params"])
+  params = structure.unflatten(
+    [jnp.asarray(_normal(i, leaf.shape)) / 2 for i, leaf in enumerate(leaves)]
+  )
   return config, params, declared["params"], x
 
 
@@ -165,6 +204,136 @@ def test_layer_equals_head_by_head_products(qkv_bias):
   np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
+def _rms(x, scale, epsilon: float = 1e-5):
+  mean = jnp.mean(x * x, axis=-1, keepdims=True)
+  return (
+    x
+    / jnp.sqrt(mean + epsilon)
+    * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
+  )
+
+
+def _turn_by_pairs(x, divisors):
+  """RoPE of POSITIONS, a frequency at a time, each divided by its divisor."""
+  half = x.shape[-1] // 2
+  pairs = []
+  for i in range(half):
+    angle = jnp.asarray(POSITIONS * 100.0 ** (-i / half) / divisors[i])
+    angle = angle.astype(jnp.float32)[:, :, None]
+    a, b = x[..., i], x[..., i + half]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    pairs.append((a * cos - b * sin, b * cos + a * sin))
+  return jnp.stack([p[0] for p in pairs] + [p[1] for p in pairs], axis=-1)
+
+
+def _by_heads(params, x, *, qk_norm, out_bias, window, divisors):
+  """The layer with every option, head by head; differentiable."""
+  heads = {}
+  for name in ("query", "key", "value"):
+    kernel = params[f"{name}_kernel"].reshape(6, -1, 4)
+    bias = params[f"{name}_bias"].reshape(-1, 4)
+    heads[name] = jnp.stack(
+      [x @ kernel[:, n] + bias[None, None, n] for n in range(kernel.shape[1])],
+      axis=2,
+    )
+  if qk_norm:
+    for name in ("query", "key"):
+      heads[name] = _rms(heads[name], params[f"{name}_norm"]["scale"])
+  query, key = (
+    _turn_by_pairs(heads[name], divisors) for name in ("query", "key")
+  )
+  mask = np.zeros((2, 8, 8), bool)
+  for b, t, s in np.ndindex(2, 8, 8):
+    near = window is None or t - s < window
+    mask[b, t, s] = s <= t and near and SEGMENTS[b, t] == SEGMENTS[b, s]
+  logits = jnp.einsum("btnh,bsnh->bnts", query, jnp.repeat(key, 3, axis=2)) / 2
+  logits = jnp.where(jnp.asarray(mask)[:, None], logits, -1e30)
+  weights = jax.nn.softmax(logits, axis=-1)
+  value = jnp.repeat(heads["value"], 3, axis=2)
+  attended = jnp.einsum("bnts,bsnh->btnh", weights, value)
+  out_kernel = params["out_kernel"].reshape(6, 4, 6)
+  out = sum(attended[:, :, n] @ out_kernel[n] for n in range(6))
+  return out + params["out_bias"][None, None] if out_bias else out
+
+
+SCALINGS = {
+  None: (None, [1.0, 1.0]),
+  "linear": (LinearRopeScaling(factor=4.0), [4.0, 4.0]),
+  # Base 100 and H=4: wavelengths 2 pi and 20 pi. Of 40 tokens they are 6.37
+  # and 0.637 turns; above 4 is kept, below 1 divided.
+  "llama3": (
+    Llama3RopeScaling(factor=4.0, original_context_length=40),
+    [1.0, 4.0],
+  ),
+}
+OPTIONS = [
+  dict(qk_norm=qk_norm, out_bias=out_bias, window=window, scaling=scaling)
+  for qk_norm, out_bias, window, scaling in [
+    *itertools.product([False, True], [False, True], [None, 2], [None]),
+    (False, False, None, "linear"),
+    (True, True, 2, "linear"),
+    (False, True, 3, "llama3"),
+    (True, False, 1, "llama3"),
+  ]
+]
+
+
+def _layer_with(options):
+  return _layer(
+    qk_norm=options["qk_norm"],
+    out_bias=options["out_bias"],
+    sliding_window=options["window"],
+    rope_scaling=SCALINGS[options["scaling"]][0],
+  )
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_and_their_gradients_equal_the_layer_written_out(options):
+  config, params, _, x = _layer_with(options)
+  upstream = jnp.asarray(_normal(9, x.shape))
+
+  def fast(params, x):
+    return _run(config, params, x, segments=SEGMENTS, positions=POSITIONS)[0]
+
+  def slow(params, x):
+    return _by_heads(
+      params,
+      x,
+      qk_norm=options["qk_norm"],
+      out_bias=options["out_bias"],
+      window=options["window"],
+      divisors=SCALINGS[options["scaling"]][1],
+    )
+
+  found, expected = (
+    jax.jit(
+      jax.value_and_grad(
+        lambda p, x, f=f: (jnp.sum(upstream * f(p, x)), f(p, x)),
+        argnums=(0, 1),
+        has_aux=True,
+      )
+    )(params, x)
+    for f in (fast, slow)
+  )
+  # Four products in a chain, sums of up to 6 * 16 numbers of some tens: 4 *
+  # sqrt(96) * 2^-24 * 40 = 1e-4.
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4),
+    found,
+    expected,
+  )
+
+
+@pytest.mark.parametrize(
+  "options",
+  [o for o in OPTIONS if o["window"] is not None and o["qk_norm"]],
+  ids=str,
+)
+def test_cache_gives_what_the_whole_row_gives_with_options(options):
+  config, params, _, x = _layer_with(options)
+  _assert_cached_equals_whole(config, params, x, steps=(3, 1, 1, 3))
+
+
 def test_axes_are_declared_with_their_direction():
   _, _, declared, _ = _layer(qkv_bias=True)
   assert {name: str(leaf) for name, leaf in declared.items()} == {
@@ -177,11 +346,24 @@ def test_axes_are_declared_with_their_direction():
     "value_bias": "writes kv_head, writes head_dim",
     "out_kernel": "reads kv_head, reads q_per_kv, reads head_dim, writes embed",
   }
+  _, _, declared, _ = _layer(qkv_bias=False, out_bias=True, qk_norm=True)
+  flat = jax.tree.leaves_with_path(declared)
+  found = {axes.path_name(path): str(leaf) for path, leaf in flat}
+  kernels = {"query_kernel", "key_kernel", "value_kernel", "out_kernel"}
+  assert {k: v for k, v in found.items() if k not in kernels} == {
+    "out_bias": "writes embed",
+    "query_norm/scale": "writes head_dim",
+    "key_norm/scale": "writes head_dim",
+  }
 
 
 @pytest.mark.parametrize("steps", [(8,), (1,) * 8, (3, 1, 4)])
 def test_cache_gives_what_the_whole_row_gives(steps):
   config, params, _, x = _layer(qkv_bias=True)
+  _assert_cached_equals_whole(config, params, x, steps=steps)
+
+
+def _assert_cached_equals_whole(config, params, x, *, steps):
   whole, _ = _run(config, params, x, segments=SEGMENTS, positions=POSITIONS)
   cache = KVCache(
     key=jnp.zeros((2, 10, 2, 4)),

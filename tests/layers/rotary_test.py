@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aquila_jax.core.model_config import LinearRopeScaling, Llama3RopeScaling
 from aquila_jax.layers import rotary
 
 
@@ -70,4 +71,67 @@ def test_half_precision_is_rotated_in_float32():
   assert out.dtype == jnp.bfloat16
   np.testing.assert_array_equal(
     np.asarray(out), np.asarray(wide.astype(jnp.bfloat16))
+  )
+
+
+def _llama3_frequency(frequency: float, scaling: Llama3RopeScaling) -> float:
+  """One frequency by the rule that Meta published with Llama 3.1."""
+  context = scaling.original_context_length
+  low_wavelength = context / scaling.low_freq_factor
+  high_wavelength = context / scaling.high_freq_factor
+  wavelength = 2 * math.pi / frequency
+  if wavelength < high_wavelength:
+    return frequency
+  if wavelength > low_wavelength:
+    return frequency / scaling.factor
+  smooth = (context / wavelength - scaling.low_freq_factor) / (
+    scaling.high_freq_factor - scaling.low_freq_factor
+  )
+  return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+@pytest.mark.parametrize(
+  ("theta", "scaling"),
+  [
+    # Llama 3.1 and 3.2.
+    (5e5, Llama3RopeScaling(factor=8.0)),
+    (5e5, Llama3RopeScaling(factor=32.0)),
+    (
+      1e4,
+      Llama3RopeScaling(
+        factor=3.0,
+        low_freq_factor=2.0,
+        high_freq_factor=16.0,
+        original_context_length=512,
+      ),
+    ),
+  ],
+)
+def test_llama3_scaling_is_the_published_rule(theta, scaling):
+  head_dim = 64
+  divisors = rotary.frequency_divisors(scaling, head_dim=head_dim, theta=theta)
+  frequencies = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+  expected = [f / _llama3_frequency(f, scaling) for f in frequencies]
+  np.testing.assert_allclose(divisors, expected, rtol=1e-12)
+  # All three cases occur.
+  assert np.sum(divisors == 1) > 1
+  assert np.sum(divisors == scaling.factor) > 1
+  assert np.sum((divisors > 1) & (divisors < scaling.factor)) > 1
+
+
+def test_linear_scaling_divides_positions():
+  scaling = LinearRopeScaling(factor=4.0)
+  positions = jnp.asarray([[0, 4, 8, 100]], jnp.int32)
+  scaled = rotary.rotary_tables(
+    positions, head_dim=6, theta=100.0, scaling=scaling
+  )
+  plain = rotary.rotary_tables(positions // 4, head_dim=6, theta=100.0)
+  for found, expected in zip(scaled, plain, strict=True):
+    # Angles of at most 25, rounded to float32.
+    np.testing.assert_allclose(found, expected, atol=25 * 2**-23)
+
+
+def test_no_scaling_divides_nothing():
+  np.testing.assert_array_equal(
+    rotary.frequency_divisors(None, head_dim=6, theta=10.0), np.ones(3)
   )
