@@ -48,11 +48,15 @@ _BATCH_SIZE = 32
 _MAX_GEN_TOKS = 256  # as in HFLM
 _SAYS_EVERY_S = 10.0
 # Of generations: what is understood, and what changes nothing here.
-_UNDERSTOOD = {"until", "max_gen_toks", "temperature", "do_sample"} | {
-  "top_k",
-  "top_p",
+_UNDERSTOOD = frozenset(
+  ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
+)
+_WITHOUT_EFFECT = {
+  "num_beams": 1,
+  "num_return_sequences": 1,
+  "repetition_penalty": 1.0,
+  "use_cache": True,
 }
-_WITHOUT_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
 
 Say = Callable[[str], None]
 
@@ -267,6 +271,7 @@ def model_class() -> Any:
       say: Say = _log.info,
       device: str | None = None,
       max_batch_size: int | None = None,
+      pretrained: str = "",
       **options: Any,
     ):
       del device, max_batch_size  # the harness gives them to every model
@@ -274,6 +279,7 @@ def model_class() -> Any:
       if not isinstance(batch_size, int):  # "auto" among them
         given = str(batch_size or "")
         batch_size = int(given) if given.isdigit() else _BATCH_SIZE
+      model = model or pretrained  # as users of other models write it
       stored = _stored(model)
       self._stored = stored
       self._name = model if isinstance(model, str) else "MODEL"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
@@ -21,6 +22,7 @@ from aquila_jax.evaluation.token_scoring import (
 from aquila_jax.generation import decoding
 from aquila_jax.generation.decoding import Decoding
 from aquila_jax.generation.sampling import Sampling, make_chooser
+from aquila_jax.models import decoder_lm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,7 @@ class Continuer:
   ):
     self._config = config
     self._params = params
+    self._step_params = decoding.step_params(params)
     self._tokenizer = tokenizer
     self._batch_size = batch_size
 
@@ -164,7 +167,9 @@ class Continuer:
     found: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
     for count in range(1, sampling.max_new_tokens + 1):
-      state = decoding.advance_once(self._config, self._params, state, **fixed)
+      state = decoding.advance_once(
+        self._config, self._step_params, state, **fixed
+      )
       column = np.asarray(state.tokens)[:, count].tolist()
       for row in sorted(open_rows):
         if column[row] in stops:
@@ -187,6 +192,8 @@ class Continuer:
       [prompt.tokens[:-1] for prompt in prompts],
       shape=shape,
     )
+    if decoding.is_listed(self._step_params):
+      cache = _list_cache(cache)
     tokens = np.zeros((shape.rows, sampling.max_new_tokens + 1), np.int32)
     tokens[: len(prompts), 0] = [prompt.tokens[-1] for prompt in prompts]
     lengths = _filled(
@@ -209,6 +216,9 @@ class Continuer:
     longest = max((len(end.encode()) for end in until), default=0)
     text = self._tokenizer.decode(tokens[-(longest + 4) :])
     return any(end and end in text for end in until)
+
+
+_list_cache = jax.jit(decoder_lm.list_cache)
 
 
 def _filled(numbers: Sequence[int], rows: int) -> np.ndarray:
