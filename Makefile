@@ -10,16 +10,19 @@ PYTEST_FLAGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin/python
+PARITY := $(VENV)/parity
+PARITY_BIN := $(PARITY)/bin/python
 PIP := "$(BIN)" -m pip --disable-pip-version-check
 RUN := "$(BIN)" -m aquila_jax.cli.efficient_scale
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart smoke test lint format typecheck clean
+.PHONY: help quickstart smoke test parity lint format typecheck clean
 
 help:
 	@echo "make quickstart   install, fetch the text, run EfficientScale, report"
 	@echo "make smoke        the same in miniature, on text of the repository"
 	@echo "make test         install and run every test"
+	@echo "make parity       our models against those of transformers, with torch"
 	@echo "make lint         ruff: format and rules     make typecheck  pyright"
 	@echo "make format       ruff: rewrite              make clean      remove .venv"
 	@echo "Variables: PYTHON=$(PYTHON) WORKDIR=$(WORKDIR)"
@@ -33,6 +36,18 @@ smoke: $(VENV)/installed
 test: $(VENV)/installed-test
 	@"$(BIN)" -m pytest -q -n "$(TEST_WORKERS)" --maxprocesses 8 \
 	  --dist worksteal $(PYTEST_FLAGS)
+
+# In an environment of its own: what tests run on has no torch. One thread a
+# process, because torch waits for its threads by spinning. Where pip's index has
+# no CPU build of torch, PIP_EXTRA_INDEX_URL can name one that has.
+parity: $(PARITY)/installed
+	@rm -f "$(PARITY)/records.jsonl"
+	@JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 "$(PARITY_BIN)" -m pytest -q \
+	  -n "$(TEST_WORKERS)" --maxprocesses 8 --dist worksteal \
+	  --confcutdir=tests/parity -o python_files='*_parity.py' \
+	  -o filterwarnings=default --records="$(PARITY)/records.jsonl" \
+	  $(PYTEST_FLAGS) tests/parity
+	@"$(PARITY_BIN)" -m tests.parity.page "$(PARITY)/records.jsonl"
 
 lint: $(VENV)/installed-dev
 	@"$(BIN)" -m ruff format --check .
@@ -68,6 +83,13 @@ $(VENV)/installed-test: $(VENV)/created setup.py pyproject.toml
 	@echo "Installing aquila_jax[test] into $(VENV) (a minute or two) ..."
 	@$(PIP) install --quiet --editable ".[test]"
 	@touch "$@" "$(VENV)/installed"
+
+$(PARITY)/installed: $(VENV)/created setup.py
+	@echo "Installing aquila_jax[parity] into $(PARITY) (torch: minutes) ..."
+	@"$(PYTHON)" -m venv "$(PARITY)"
+	@"$(PARITY_BIN)" -m pip --disable-pip-version-check install --quiet \
+	  --editable ".[parity,test]"
+	@touch "$@"
 
 $(VENV)/installed-dev: $(VENV)/installed-test
 	@echo "Installing the development tools into $(VENV) ..."

@@ -48,6 +48,10 @@ _EXTRAS = {
   # Sources of the form hf:NAME.
   "hf": ["datasets>=4"],
   "eval": ["lm-eval[hf]>=0.4.13"],
+  # compare_hf and `make parity`. Exact, because the table in docs/parity.md is
+  # of these. On Linux torch brings CUDA where pip's index has no CPU build;
+  # PIP_EXTRA_INDEX_URL can name one that has.
+  "parity": ["torch==2.13.0", "transformers==5.24.0"],
   "test": [
     "beartype>=0.22",
     "pytest>=9",
