@@ -206,3 +206,116 @@ def test_leaf_of_another_shape_or_dtype_is_named(
     f"{directory}: leaf 'layers.norm' is float32[3, 4], the configuration"
     f" needs {needed}"
   )
+
+
+def _like(tree):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _writer(tmp_path: pathlib.Path) -> array_store.TreeWriter:
+  directory = epath.Path(tmp_path) / "params"
+  return array_store.TreeWriter(directory, _like(_tree()), axes=AXES)
+
+
+def _write_all_but(writer: array_store.TreeWriter, *names: str) -> None:
+  tree = _tree()
+  for name, leaf in {
+    "layers.mlp": tree["layers"]["mlp"],
+    "layers.norm": tree["layers"]["norm"],
+    "table": tree["table"],
+    "count": tree["count"],
+  }.items():
+    if name not in names:
+      writer.write(name, leaf)
+
+
+def test_slices_in_any_order_write_what_the_whole_tree_writes(tmp_path):
+  writer = _writer(tmp_path / "a")
+  _write_all_but(writer, "layers.mlp", "layers.norm")
+  mlp, norm = _tree()["layers"]["mlp"], _tree()["layers"]["norm"]
+  for layer in (2, 0, 1):
+    writer.write("layers.norm", norm[layer], index=(layer,))
+  writer.write("layers.mlp", mlp[1], index=(1,))
+  for layer, expert in [(2, 1), (0, 0), (2, 0), (0, 1)]:
+    writer.write("layers.mlp", mlp[layer, expert], index=(layer, expert))
+  writer.close()
+  whole = _write(tmp_path / "b")
+  files = {
+    str(path.relative_to(folder)): path.read_bytes()
+    for folder in (tmp_path / "a", tmp_path / "b")
+    for path in folder.rglob("*")
+    if path.is_file()
+  }
+  for name, content in files.items():
+    assert (tmp_path / "a" / name).read_bytes() == content, name
+  _assert_equal(array_store.read_tree(whole, _tree()), _tree())
+
+
+@pytest.mark.parametrize(
+  ("written", "message"),
+  [
+    ((), r"\{'layers.norm': 12\}"),
+    ((0, 1), r"\{'layers.norm': 4\}"),
+    ((0, 1, 2, 2), r"\{'layers.norm': -4\}"),
+  ],
+)
+def test_a_tree_that_is_not_written_once_is_our_fault(
+  tmp_path, written, message
+):
+  writer = _writer(tmp_path)
+  _write_all_but(writer, "layers.norm")
+  for layer in written:
+    writer.write("layers.norm", np.ones(4, np.float32), index=(layer,))
+  with pytest.raises(
+    AssertionError, match=f"not written, or written twice: {message}"
+  ):
+    writer.close()
+  assert not (tmp_path / "params" / "_METADATA").exists()
+
+
+@pytest.mark.parametrize(
+  ("value", "index", "message"),
+  [
+    (np.ones(4, np.float64), (0,), "'layers.norm', dtype.'float64'"),
+    (np.ones(5, np.float32), (0,), r"'layers.norm', \(5,\)"),
+    (np.ones(4, np.float32), (), r"'layers.norm', \(4,\)"),
+  ],
+)
+def test_a_slice_of_another_shape_or_dtype_is_our_fault(
+  tmp_path, value, index, message
+):
+  with pytest.raises(AssertionError, match=message):
+    _writer(tmp_path).write("layers.norm", value, index=index)
+
+
+def test_slices_are_read_alone(tmp_path):
+  directory = _write(tmp_path)
+  reader = array_store.TreeReader(directory, _like(_tree()))
+  mlp = _tree()["layers"]["mlp"]
+  np.testing.assert_array_equal(reader.read("layers.mlp"), mlp)
+  np.testing.assert_array_equal(reader.read("layers.mlp", index=(1,)), mlp[1])
+  np.testing.assert_array_equal(
+    reader.read("layers.mlp", index=(2, 1)), mlp[2, 1]
+  )
+  assert reader.read("count").shape == ()
+  started = [reader.start("layers.mlp", index=(i,)) for i in range(3)]
+  for i, read in reversed(list(enumerate(started))):
+    np.testing.assert_array_equal(reader.finish("layers.mlp", read), mlp[i])
+  # A layer is a chunk: damage in one is found where it is read, and only there.
+  chunk = directory / "layers.mlp" / "c" / "1" / "0" / "0" / "0"
+  damaged = bytearray(chunk.read_bytes())
+  damaged[3] ^= 1
+  chunk.write_bytes(bytes(damaged))
+  np.testing.assert_array_equal(reader.read("layers.mlp", index=(2,)), mlp[2])
+  with pytest.raises(UserError) as error:
+    reader.read("layers.mlp", index=(1,))
+  assert str(error.value).startswith(
+    f"{directory}: leaf 'layers.mlp' is damaged: "
+  )
+
+
+def test_a_reader_of_nothing_says_so(tmp_path):
+  missing = epath.Path(tmp_path) / "params"
+  with pytest.raises(UserError) as error:
+    array_store.TreeReader(missing, _like(_tree()))
+  assert str(error.value) == f"{missing} is missing; this MODEL is not whole"

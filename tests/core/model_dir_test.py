@@ -120,6 +120,61 @@ def test_a_model_without_a_tokenizer_and_with_stop_tokens(tmp_path):
   assert loaded.stop_tokens == (2, 7)
 
 
+def test_a_chat_template_is_kept_as_it_is(tmp_path):
+  template = "{% for m in messages %}\r\n{{ m }}字\n{% endfor %}"
+  stored = dataclasses.replace(_model(), chat_template=template)
+  model_dir.save_model(tmp_path / "model", stored, axes=AXES)
+  assert _load(tmp_path / "model").chat_template == template
+  assert model_dir.read_header(tmp_path / "model").chat_template == template
+
+
+def _shapes() -> StoredModel:
+  return dataclasses.replace(
+    _model(),
+    params=decoder_lm.abstract_params(CONFIG),
+    moments=None,
+    ema=None,
+  )
+
+
+def _write_leaves(writer, *, but: str = "") -> None:
+  for path, leaf in jax.tree.leaves_with_path(_model().params):
+    name = ".".join(entry.key for entry in path)
+    if name != but:
+      writer.params.write(name, leaf)
+
+
+def test_leaves_written_one_by_one_are_the_model(tmp_path):
+  with model_dir.writing(tmp_path / "new", _shapes(), axes=AXES) as writer:
+    _write_leaves(writer)
+    assert not (tmp_path / "new").exists()
+  loaded = _load(tmp_path / "new")
+  _assert_trees_equal(loaded.params, _model().params)
+  assert dataclasses.replace(loaded, params=None) == dataclasses.replace(
+    _model(), params=None, moments=None, ema=None
+  )
+
+
+@pytest.mark.parametrize("kind", [UserError, KeyboardInterrupt, SystemExit])
+def test_an_exception_while_writing_leaves_nothing(tmp_path, kind):
+  with (
+    pytest.raises(kind),
+    model_dir.writing(tmp_path / "new", _shapes(), axes=AXES) as writer,
+  ):
+    _write_leaves(writer, but="lm_head.kernel")
+    raise kind("stopped")
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_not_complete_leaves_nothing(tmp_path):
+  with (
+    pytest.raises(AssertionError, match=r"\{'lm_head.kernel': 64\}"),
+    model_dir.writing(tmp_path / "new", _shapes(), axes=AXES) as writer,
+  ):
+    _write_leaves(writer, but="lm_head.kernel")
+  assert list(tmp_path.iterdir()) == []
+
+
 def test_a_header_from_before_tokenizers_were_optional(tmp_path):
   model_dir.save_model(tmp_path / "model", _model(), axes=AXES)
   file = tmp_path / "model" / "config.json"

@@ -12,7 +12,11 @@ import pytest
 
 from aquila_jax.core import errors
 from aquila_jax.core.experiment_config import ScaleOut
-from aquila_jax.core.model_config import ModelConfig, MoeConfig
+from aquila_jax.core.model_config import (
+  LinearRopeScaling,
+  ModelConfig,
+  MoeConfig,
+)
 from aquila_jax.growth.scale_out import scale_out
 from tests.growth import tiny
 
@@ -187,6 +191,16 @@ def test_the_target_decides_the_parameter_dtype():
   [
     (dict(moe=None), "config.model.moe=None: expected the experts to make"),
     (
+      dict(moe=MoeConfig(shared_expert_dim=7)),
+      "config.model.moe.shared_expert_dim=7: expected 0; sparse upcycling makes"
+      " routed experts only",
+    ),
+    (
+      dict(sliding_window=5),
+      "config.model.sliding_window=5: expected the source's None; Scale-Out"
+      " copies FFNs as they are, Scale-Up changes sizes",
+    ),
+    (
       dict(mlp_dim=12),
       "config.model.mlp_dim=12: expected the source's 10; Scale-Out copies FFNs"
       " as they are, Scale-Up changes sizes",
@@ -206,6 +220,36 @@ def test_a_target_that_is_not_the_source_with_experts_is_refused(
   with pytest.raises(errors.UserError) as caught:
     scale_out(source, target, OPTIONS)
   assert str(caught.value) == message
+
+
+def test_exact_with_options_of_the_model():
+  options: dict[str, Any] = dict(
+    qk_norm=True,
+    out_bias=True,
+    sliding_window=4,
+    rope_scaling=LinearRopeScaling(factor=3.0),
+  )
+  config = tiny.replace(tiny.SOURCE, **options)
+  source = tiny.stored(config, moments=None)
+  target = _mixture(_moe(), **options)
+  grown = scale_out(source, target, OPTIONS)
+  before = tiny.logits(config, source.params)
+  after = tiny.logits(target, grown.params)
+  assert np.abs(after - before).max() < EXACT * np.abs(before).max()
+
+
+def test_stop_tokens_and_chat_template_are_kept():
+  source = tiny.stored(
+    tiny.SOURCE,
+    moments=None,
+    tokenizer=None,
+    stop_tokens=(3, 5),
+    chat_template="{{ x }}",
+  )
+  grown = scale_out(source, _mixture(_moe()), OPTIONS)
+  assert grown.tokenizer is None
+  assert grown.stop_tokens == (3, 5)
+  assert grown.chat_template == "{{ x }}"
 
 
 def test_a_source_with_experts_is_refused():

@@ -14,7 +14,11 @@ import pytest
 
 from aquila_jax.core import errors
 from aquila_jax.core.experiment_config import ScaleUp
-from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.core.model_config import (
+  LinearRopeScaling,
+  Llama3RopeScaling,
+  ModelConfig,
+)
 from aquila_jax.growth import scale_up as scale_up_lib
 from aquila_jax.growth.scale_up import scale_up
 from aquila_jax.models import decoder_lm
@@ -40,6 +44,8 @@ def _difference(
   return float(np.abs(after - before).max() / np.abs(before).max())
 
 
+SHARED = dataclasses.replace(tiny.MOE, shared_expert_dim=5)
+
 # SOURCE has D=8, F=10, 2 groups of 3 query heads.
 SIZES = {
   "width x2": dict(embed_dim=16),
@@ -61,6 +67,62 @@ def test_fpi_is_exact_in_every_direction_together(tied, bias, moe):
   )
   target = tiny.replace(config, **SIZES["all"])
   assert _difference(config, target, _options()) < EXACT
+
+
+OPTIONS = {
+  "qk_norm": dict(qk_norm=True),
+  "out bias": dict(out_bias=True),
+  "window": dict(sliding_window=4),
+  "linear": dict(rope_scaling=LinearRopeScaling(factor=3.0)),
+  # Base 100 and H=4: of 40 tokens, wavelengths of 2 pi and 20 pi are kept and
+  # divided.
+  "llama3": dict(
+    rope_scaling=Llama3RopeScaling(factor=3.0, original_context_length=40)
+  ),
+  "shared expert": dict(moe=SHARED),
+  "all, tied": dict(
+    qk_norm=True,
+    out_bias=True,
+    sliding_window=4,
+    rope_scaling=LinearRopeScaling(factor=3.0),
+    moe=SHARED,
+    tied_embeddings=True,
+  ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_fpi_is_exact_with_options_of_the_model(name):
+  config = tiny.replace(tiny.SOURCE, **OPTIONS[name])
+  target = tiny.replace(config, **SIZES["all"])
+  assert _difference(config, target, _options()) < EXACT
+
+
+def test_leaves_of_options_grow_by_their_axes():
+  config = tiny.replace(tiny.SOURCE, **OPTIONS["all, tied"])
+  target = tiny.replace(config, **SIZES["all"])
+  source = tiny.stored(config, moments=None)
+  grown = tiny.arrays(scale_up(source, target, _options()).params)
+  params = tiny.arrays(source.params)
+  prefix = "layers/attention/"
+  # Heads keep their width; an output's bias is written three times.
+  for name in ("query_norm/scale", "key_norm/scale"):
+    assert np.array_equal(grown[prefix + name], params[prefix + name])
+  assert np.array_equal(
+    grown[prefix + "out_bias"], np.tile(params[prefix + "out_bias"], (1, 3))
+  )
+  # The shared expert keeps its hidden width. What reads D is divided by 3.
+  shared = "layers/mlp/shared/"
+  for name in ("gate_kernel", "up_kernel", "token_gate_kernel"):
+    np.testing.assert_allclose(
+      grown[shared + name],
+      np.tile(params[shared + name], (1, 3, 1)) / 3,
+      rtol=1e-15,
+    )
+  assert np.array_equal(
+    grown[shared + "down_kernel"],
+    np.tile(params[shared + "down_kernel"], (1, 1, 3)),
+  )
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -351,6 +413,54 @@ def test_a_pair_that_does_not_fit_is_refused(fields, options, message):
   with pytest.raises(errors.UserError) as caught:
     scale_up(source, target, _options(**options))
   assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    (
+      dict(rope_scaling=LinearRopeScaling(factor=2.0)),
+      "config.model.rope_scaling={'kind': 'linear', 'factor': 2.0}: expected"
+      " the source's None; another scaling turns every head",
+    ),
+    (
+      dict(sliding_window=5),
+      "config.model.sliding_window=5: expected the source's None; another"
+      " window sees other keys",
+    ),
+    (
+      dict(out_bias=True),
+      "config.model.out_bias=True: expected the source's False; growth adds no"
+      " leaves",
+    ),
+    (
+      dict(qk_norm=True),
+      "config.model.qk_norm=True: expected the source's False; growth adds no"
+      " leaves",
+    ),
+  ],
+)
+def test_options_of_the_source_are_kept(fields, message):
+  source = tiny.stored(tiny.SOURCE, moments=None)
+  target = tiny.replace(tiny.SOURCE, embed_dim=16, **fields)
+  with pytest.raises(errors.UserError) as caught:
+    scale_up(source, target, _options())
+  assert str(caught.value) == message
+
+
+def test_stop_tokens_and_chat_template_are_kept():
+  source = tiny.stored(
+    tiny.SOURCE,
+    moments=None,
+    tokenizer=None,
+    stop_tokens=(3, 5),
+    chat_template="{{ x }}",
+  )
+  target = tiny.replace(tiny.SOURCE, embed_dim=16)
+  grown = scale_up(source, target, _options())
+  assert grown.tokenizer is None
+  assert grown.stop_tokens == (3, 5)
+  assert grown.chat_template == "{{ x }}"
 
 
 def test_experts_are_refused_by_name():

@@ -12,7 +12,12 @@ import pytest
 
 from aquila_jax.core import axes
 from aquila_jax.core.axes import Role
-from aquila_jax.core.model_config import ModelConfig, MoeConfig
+from aquila_jax.core.model_config import (
+  LinearRopeScaling,
+  Llama3RopeScaling,
+  ModelConfig,
+  MoeConfig,
+)
 from aquila_jax.layers import rotary
 from aquila_jax.models import decoder_lm
 
@@ -29,6 +34,15 @@ DENSE = ModelConfig(
 )
 DROPLESS = dataclasses.replace(
   DENSE, moe=MoeConfig(num_experts=4, top_k=2, block_size=4)
+)
+SHARED = MoeConfig(num_experts=4, top_k=2, block_size=4, shared_expert_dim=5)
+EVERYTHING = dataclasses.replace(
+  DENSE,
+  qk_norm=True,
+  out_bias=True,
+  sliding_window=3,
+  rope_scaling=Llama3RopeScaling(factor=4.0, original_context_length=30),
+  moe=SHARED,
 )
 
 
@@ -84,8 +98,9 @@ DOCUMENT = [3, 1, 4, 1, 5]
     DENSE,
     DROPLESS,
     dataclasses.replace(DROPLESS, tied_embeddings=True, qkv_bias=False),
+    EVERYTHING,
   ],
-  ids=["dense", "dropless", "tied"],
+  ids=["dense", "dropless", "tied", "everything"],
 )
 def test_logits_do_not_change_with_what_else_is_in_the_row(config):
   params, model = _params(config), _model(config)
@@ -120,6 +135,64 @@ def test_later_tokens_change_nothing_and_earlier_ones_do(config):
   changed = model(params, *_pack([3, 1, 4, 2, 5])).logits[0]
   np.testing.assert_allclose(changed[:3], logits[:3], atol=2e-6)
   assert np.all(np.max(np.abs(changed[3:5] - logits[3:5]), axis=-1) > 1e-3)
+
+
+@pytest.mark.parametrize(
+  ("change", "leaves"),
+  [
+    (dict(qkv_bias=False), {"query_bias", "key_bias", "value_bias"}),
+    (dict(out_bias=False), {"out_bias"}),
+    (dict(qk_norm=False), {"query_norm", "key_norm"}),
+    (dict(shared_expert_dim=0), {"shared"}),
+    (dict(shared_expert_gate=False), {"token_gate_kernel"}),
+  ],
+  ids=str,
+)
+def test_leaves_of_an_option_are_there_only_with_it_and_have_an_effect(
+  change, leaves
+):
+  if next(iter(change)).startswith("shared"):
+    changed = dataclasses.replace(
+      EVERYTHING, moe=dataclasses.replace(SHARED, **change)
+    )
+  else:
+    changed = dataclasses.replace(EVERYTHING, **change)
+
+  def keys(config):
+    flat = jax.tree.leaves_with_path(decoder_lm.abstract_params(config))
+    return {axes.path_name(path) for path, _ in flat}
+
+  gone = keys(EVERYTHING) - keys(changed)
+  assert keys(changed) < keys(EVERYTHING)
+  assert leaves == {
+    next(part for part in name.split("/") if part in leaves) for name in gone
+  }
+  params, row = _params(EVERYTHING), _pack(DOCUMENT, [2, 7, 1, 8, 2])
+  base = _model(EVERYTHING)(params, *row).logits
+  fewer: dict = {}
+  for path, leaf in jax.tree.leaves_with_path(params):
+    if axes.path_name(path) not in gone:
+      node = fewer
+      for entry in path[:-1]:
+        node = node.setdefault(entry.key, {})
+      node[path[-1].key] = leaf
+  found = _model(changed)(fewer, *row).logits
+  assert np.max(np.abs(found - base)) > 1e-3
+
+
+def test_every_option_together_continues_a_row_in_the_cache():
+  params, model = _params(EVERYTHING), _model(EVERYTHING)
+  whole = model(params, *_pack(DOCUMENT, length=5))
+  cache = decoder_lm.make_cache(EVERYTHING, batch_size=1, num_slots=8)
+  parts = []
+  for window in (slice(0, 3), slice(3, 4), slice(4, 5)):
+    row = [part[:, window] for part in _pack(DOCUMENT, length=5)]
+    out = model(params, *row, cache)
+    cache = out.cache
+    parts.append(out.logits)
+  np.testing.assert_allclose(
+    np.concatenate(parts, axis=1), whole.logits, atol=1e-5
+  )
 
 
 def _written_out(config: ModelConfig, params, tokens, positions):
@@ -241,8 +314,13 @@ def test_routing_is_stacked_over_layers():
 
 @pytest.mark.parametrize(
   "config",
-  [DENSE, DROPLESS, dataclasses.replace(DENSE, tied_embeddings=True)],
-  ids=["dense", "dropless", "tied"],
+  [
+    DENSE,
+    DROPLESS,
+    dataclasses.replace(DENSE, tied_embeddings=True),
+    EVERYTHING,
+  ],
+  ids=["dense", "dropless", "tied", "everything"],
 )
 def test_every_leaf_declares_axes_of_its_own_sizes(config):
   sizes = dict(
@@ -254,6 +332,8 @@ def test_every_leaf_declares_axes_of_its_own_sizes(config):
     head_dim=4,
     mlp=6,
     expert=4,
+    shared_mlp=5,
+    shared_expert=1,
   )
   shapes = decoder_lm.abstract_params(config)
   declared = decoder_lm.parameter_axes(config)
@@ -322,6 +402,12 @@ def test_init_has_the_deviation_asked_for_and_differs_by_layer():
       )
     ),
     dict(moe=MoeConfig(num_experts=4, capacity_factor=0.2)),
+    dict(sliding_window=2),
+    dict(rope_scaling=LinearRopeScaling(factor=2.0)),
+    # Of the two wavelengths, 2 pi and 20 pi, the longer is more than 30 tokens.
+    dict(
+      rope_scaling=Llama3RopeScaling(factor=2.0, original_context_length=30)
+    ),
   ],
   ids=str,
 )

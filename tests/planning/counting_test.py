@@ -63,6 +63,33 @@ def test_token_meets_top_k_of_the_experts_and_the_whole_router():
   )
 
 
+def test_shared_expert_is_met_by_every_token():
+  moe = MoeConfig(num_experts=4, top_k=2, shared_expert_dim=10)
+  parts = counting.count(dataclasses.replace(DENSE, moe=moe)).parts
+  # Three matrices 8 x 10 and a gate 8 x 1, in 3 layers.
+  size = 3 * (3 * 80 + 8)
+  assert parts["shared expert"] == PartCount(
+    parameters=size, active=size, forward_flops=2 * size
+  )
+  ungated = dataclasses.replace(moe, shared_expert_gate=False)
+  parts = counting.count(dataclasses.replace(DENSE, moe=ungated)).parts
+  assert parts["shared expert"].parameters == 3 * 240
+  assert "shared expert" not in counting.count(MIXTURE).parts
+
+
+def test_norms_of_heads_and_the_output_bias_by_hand():
+  parts = counting.count(DENSE).parts
+  options = dataclasses.replace(DENSE, qk_norm=True, out_bias=True)
+  found = counting.count(options).parts
+  # Two scales of 6, and a bias of 8, in 3 layers; none is a matrix.
+  added = found["norms"].parameters - parts["norms"].parameters
+  added += found["attention"].parameters - parts["attention"].parameters
+  assert added == 3 * (2 * 6 + 8)
+  assert counting.count(options).total.forward_flops == (
+    counting.count(DENSE).total.forward_flops
+  )
+
+
 def test_tied_table_is_held_once_and_multiplied_once():
   tied = dataclasses.replace(DENSE, tied_embeddings=True)
   untied_total = counting.count(DENSE).total
@@ -71,7 +98,15 @@ def test_tied_table_is_held_once_and_multiplied_once():
   assert total.forward_flops == untied_total.forward_flops
 
 
-@pytest.mark.parametrize("config", [DENSE, MIXTURE])
+EVERYTHING = dataclasses.replace(
+  DENSE,
+  qk_norm=True,
+  out_bias=True,
+  moe=MoeConfig(num_experts=4, top_k=2, shared_expert_dim=10),
+)
+
+
+@pytest.mark.parametrize("config", [DENSE, MIXTURE, EVERYTHING])
 def test_counts_the_parameters_that_init_makes(config):
   params = decoder_lm.init_params(config, key=jax.random.key(0))
   held = sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -38,6 +38,12 @@ def _config(*, moe: MoeConfig | None = None, **sizes) -> ModelConfig:
 
 DENSE = _config()
 DROPLESS = _config(moe=MoeConfig(num_experts=4, top_k=2, block_size=8))
+SHARED = _config(
+  moe=MoeConfig(num_experts=4, top_k=2, block_size=8, shared_expert_dim=12),
+  qk_norm=True,
+  out_bias=True,
+  sliding_window=5,
+)
 CAPACITY = _config(moe=MoeConfig(num_experts=4, top_k=2, capacity_factor=0.75))
 
 
@@ -64,6 +70,18 @@ def test_leaves_lie_where_the_table_says():
   assert specs["embedding"]["table"] == P("tensor", "fsdp")
   assert specs["lm_head"]["kernel"] == P("fsdp", "tensor")
   assert specs["final_norm"]["scale"] == P("fsdp")
+
+
+def test_leaves_of_options_lie_where_the_table_says():
+  mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+  specs = jax.tree.map(lambda s: s.spec, _shardings(SHARED, mesh))
+  attention = specs["layers"]["attention"]
+  assert attention["out_bias"] == P(None, "fsdp")
+  assert attention["query_norm"]["scale"] == P(None, None)
+  shared = specs["layers"]["mlp"]["shared"]
+  assert shared["gate_kernel"] == P(None, "fsdp", "tensor")
+  assert shared["down_kernel"] == P(None, "tensor", "fsdp")
+  assert shared["token_gate_kernel"] == P(None, "fsdp", None)
 
 
 def test_vocabulary_that_does_not_divide_stays_whole():
@@ -95,6 +113,12 @@ def test_vocabulary_that_does_not_divide_stays_whole():
       MeshConfig(data=2, tensor=4),
       "config.mesh.tensor=4 does not divide model.mlp_dim=30; nearest sizes"
       " that do: 3 or 5",
+    ),
+    (
+      _config(moe=MoeConfig(shared_expert_dim=30)),
+      MeshConfig(data=2, tensor=4),
+      "config.mesh.tensor=4 does not divide model.moe.shared_expert_dim=30;"
+      " nearest sizes that do: 3 or 5",
     ),
     (
       _config(embed_dim=18),
@@ -160,6 +184,7 @@ def _unsharded(config: ModelConfig):
     (DROPLESS, MeshConfig(data=2, expert=4)),
     (DROPLESS, MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
     (CAPACITY, MeshConfig(data=1, fsdp=2, expert=4)),
+    (SHARED, MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
   ],
 )
 def test_sharded_loss_and_gradients_equal_unsharded_ones(config, mesh_config):
