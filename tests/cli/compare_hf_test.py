@@ -23,7 +23,10 @@ def test_refused(without_torch, dense, tmp_path):
   reference.mkdir()
   taken = tmp_path / "taken.json"
   taken.write_text("{}")
-  compare = ("compare_hf", f"--model={dense}", f"--reference={reference}")
+  compare = (
+    *("compare_hf", f"--model={dense}", f"--reference={reference}"),
+    "--continue_tokens=8",
+  )
   without_torch.assert_refused(
     {
       "no reference": (
@@ -31,7 +34,7 @@ def test_refused(without_torch, dense, tmp_path):
         "--reference must be given; --help lists the flags",
       ),
       "a reference that is not there": (
-        ("compare_hf", f"--model={dense}", f"--reference={tmp_path}/none"),
+        (*compare, f"--reference={tmp_path}/none"),
         f"--reference='{tmp_path}/none': there is no such file",
       ),
       "no torch": (
@@ -40,11 +43,7 @@ def test_refused(without_torch, dense, tmp_path):
         " with: pip install -e .[parity]",
       ),
       "a model that is not there": (
-        (
-          "compare_hf",
-          f"--model={tmp_path}/none",
-          f"--reference={reference}",
-        ),
+        (*compare, f"--model={tmp_path}/none"),
         f"--model='{tmp_path}/none': there is no such directory",
       ),
       "an output that is taken": (
@@ -66,13 +65,13 @@ def test_refused(without_torch, dense, tmp_path):
         " byte 0xff in position 0: invalid start byte",
       ),
       "a continuation longer than the context": (
-        (*compare, "--continue_tokens=4096"),
-        "--continue_tokens=4096: expected fewer than the MODEL's"
+        (*compare, "--continue_tokens=64"),
+        "--continue_tokens=64: expected fewer than the MODEL's"
         " context_length=64",
       ),
       "a tolerance below 0": (
         (*compare, "--tolerance=-1"),
-        "--tolerance=-1: -1 is not a non-negative number",
+        "--tolerance=-1: -1.0 is not a non-negative number",
       ),
     }
   )
