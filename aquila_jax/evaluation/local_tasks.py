@@ -57,18 +57,13 @@ def gsm8k(**metadata: Any) -> Any:
 
 
 def hellaswag_item(record: Record) -> dict[str, Any]:
-  """Prompt, endings and answer as the harness's `hellaswag` has them.
+  """Prompt, endings and answer, cleaned as the harness's `hellaswag` does.
 
-  There the prompt is ctx_a and the capitalised ctx_b, the beginning of a
-  sentence that the endings end. Here both are one text, `ctx`: what follows its
-  last full stop is ctx_b, unless the text ends with one.
+  There the sentence that the endings end begins with a capital. Here it stands
+  as it came, `ctx`, which does not say where that sentence begins.
   """
-  before, stop, last = record["ctx"].rpartition(". ")
-  context = record["ctx"]
-  if not context.rstrip().endswith((".", "!", "?", "]")):
-    context = before + stop + last.capitalize()
   return {
-    "query": _without_marks(f"{record['activity_label']}: {context}"),
+    "query": _without_marks(f"{record['activity_label']}: {record['ctx']}"),
     "choices": [_without_marks(ending) for ending in record["endings"]],
     "gold": record["expected_index"],
   }

@@ -19,12 +19,10 @@ def hellaswag(context: str) -> str:
   return local_tasks.hellaswag_item(record)["query"]
 
 
-def test_hellaswag_capitalises_the_sentence_that_is_begun():
+def test_hellaswag_is_cleaned_of_the_marks_of_its_source():
   assert hellaswag("Two men wait. another MAN") == (
-    "Surfing: Two men wait. Another man"
+    "Surfing: Two men wait. another MAN"
   )
-  assert hellaswag("a man") == "Surfing: A man"
-  # WikiHow's contexts are whole sentences.
   assert hellaswag("[header] How to. [title] Ask, e.g. Ann.") == (
     "Surfing: How to.. Ask, e.g. Ann."
   )
@@ -38,7 +36,7 @@ def test_items_have_what_the_task_files_name():
     "expected_index": 1,
   }
   assert local_tasks.hellaswag_item(record) == {
-    "query": "x: Y",
+    "query": "x: y",
     "choices": [" runs off.", "b"],
     "gold": 1,
   }
