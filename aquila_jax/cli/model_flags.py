@@ -102,6 +102,16 @@ def import_checkpoint(
       "the source has no tokenizer.json, and the MODEL has none;"
       " --tokenizer=FILE gives it one"
     )
+  else:
+    ids = tokenizers.Tokenizer.from_str(stored.tokenizer).get_vocab().values()
+    rows = stored.config.vocab_size
+    if ids and max(ids) >= rows:
+      logging.warning(
+        "the tokenizer has ids up to %d, the embedding %d rows: texts with the"
+        " ids above cannot be read",
+        max(ids),
+        rows,
+      )
   print(
     f"{output}: {checkpoint.family}, {describe(stored, with_optimizer=False)}"
   )

@@ -51,6 +51,9 @@ class StoredModel:
   # Ids that end a text, where an imported model names them; none is the
   # tokenizer's end of text.
   stop_tokens: tuple[int, ...] = ()
+  # The id that an imported model names as the beginning of a text, whether its
+  # tokenizer puts it there or not.
+  begin_token: int | None = None
   # Jinja, of an imported model that was trained on conversations.
   chat_template: str | None = None
 
@@ -176,6 +179,7 @@ class Header:
   lineage: Lineage
   has_tokenizer: bool
   stop_tokens: tuple[int, ...]
+  begin_token: int | None
   chat_template: str | None
 
 
@@ -185,6 +189,7 @@ class _TextHeader:
 
   tokenizer: bool = True
   stop_tokens: tuple[int, ...] = ()
+  begin_token: int | None = None
   chat_template: str | None = None
 
 
@@ -237,6 +242,7 @@ def read_header(path: str | os.PathLike[str], *, what: str = "MODEL") -> Header:
     lineage=lineage,
     has_tokenizer=text.tokenizer,
     stop_tokens=text.stop_tokens,
+    begin_token=text.begin_token,
     chat_template=text.chat_template,
   )
 
@@ -280,6 +286,7 @@ def load_model(
     moments=moments,
     ema=array_store.read_tree(ema, wide) if ema.exists() else None,
     stop_tokens=header.stop_tokens,
+    begin_token=header.begin_token,
     chat_template=header.chat_template,
   )
 
@@ -326,6 +333,7 @@ def open_model(
       params=shapes,
       tokenizer=read_tokenizer(directory) if header.has_tokenizer else None,
       stop_tokens=header.stop_tokens,
+      begin_token=header.begin_token,
       chat_template=header.chat_template,
     ),
     params=array_store.TreeReader(directory / "params", shapes),
@@ -355,6 +363,7 @@ def _header(model: StoredModel) -> dict[str, Any]:
     "text": {
       "tokenizer": model.tokenizer is not None,
       "stop_tokens": list(model.stop_tokens),
+      "begin_token": model.begin_token,
       "chat_template": model.chat_template,
     },
   }

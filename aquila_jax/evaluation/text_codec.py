@@ -18,7 +18,8 @@ class TextCodec:
     model: the model, for its tokenizer and its stop tokens.
     add_bos_token: whether special tokens are put around texts; None is True.
     prefix_token_id: stands in front of what has no context; None is the token
-      that the tokenizer begins every text with, or else the one that ends it.
+      that the tokenizer begins every text with, or else the one that the
+      model's makers call its beginning, or else the one that ends a text.
 
   Raises:
     errors.UserError: where there is no such token, or the model has no row for
@@ -35,6 +36,7 @@ class TextCodec:
     self._tokenizer = model.tokenizer
     self._vocab_size = model.config.vocab_size
     self._add_special = add_bos_token is not False
+    self._begin_token = model.begin_token
     self.stop_tokens = stop_tokens(model)
     self.eot_token_id = self.stop_tokens[0] if self.stop_tokens else None
     if prefix_token_id is None:
@@ -56,6 +58,8 @@ class TextCodec:
     begins = self._tokenizer.encode("").ids
     if begins:
       return begins[0]
+    if self._begin_token is not None:
+      return self._begin_token
     if self.eot_token_id is not None:
       return self.eot_token_id
     return end_of_text(self._tokenizer)

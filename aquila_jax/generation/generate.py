@@ -36,6 +36,8 @@ class TextModel:
   tokenizer: Tokenizer
   # Ids that end a text; () is the tokenizer's end of text.
   stop_tokens: tuple[int, ...] = ()
+  # The id that begins a text by the model's own word, if it has one.
+  begin_token: int | None = None
 
 
 def text_model(stored: StoredModel) -> TextModel:
@@ -61,6 +63,7 @@ def text_model(stored: StoredModel) -> TextModel:
     params=stored.params,
     tokenizer=tokenizer,
     stop_tokens=stored.stop_tokens,
+    begin_token=stored.begin_token,
   )
 
 

@@ -211,7 +211,7 @@ def _text_files(
   """The tokenizer's files, and the ids that begin and end a text."""
   stop = list(header.stop_tokens)
   files: dict[str, str] = {}
-  first: int | None = None
+  first = header.begin_token
   settings: dict[str, Any] = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "model_max_length": header.config.context_length,
@@ -220,7 +220,7 @@ def _text_files(
   if tokenizer is not None:
     backend = Tokenizer.from_str(tokenizer)
     begins = backend.encode("").ids
-    first = begins[0] if len(begins) == 1 else None
+    first = begins[0] if len(begins) == 1 else first
     if not stop and end_of_text is not None:
       stop = [backend.token_to_id(end_of_text)]
     files["tokenizer.json"] = tokenizer

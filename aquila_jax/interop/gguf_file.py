@@ -293,6 +293,7 @@ class GGUFFile:
     return Texts(
       tokenizer=tokenizer,
       stop_tokens=tuple(dict.fromkeys(i for i in ids if i is not None)),
+      begin_token=self._metadata.get("tokenizer.ggml.bos_token_id"),
       chat_template=self._metadata.get("tokenizer.chat_template"),
     )
 

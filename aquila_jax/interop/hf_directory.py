@@ -128,11 +128,15 @@ class HFDirectory:
     if stop is None:
       stop = self.config.get("eos_token_id")
     ids = stop if isinstance(stop, list) else [stop]
+    begin = generation.get("bos_token_id")
+    if begin is None:
+      begin = self.config.get("bos_token_id")
     return Texts(
       tokenizer=self._tokenizer() if with_tokenizer else None,
       stop_tokens=tuple(
         dict.fromkeys(i for i in ids if isinstance(i, int) and i >= 0)
       ),
+      begin_token=begin if isinstance(begin, int) and begin >= 0 else None,
       chat_template=self._chat_template(),
     )
 
@@ -174,6 +178,7 @@ class Texts:
 
   tokenizer: str | None  # the text of tokenizer.json
   stop_tokens: tuple[int, ...]
+  begin_token: int | None
   chat_template: str | None
 
 

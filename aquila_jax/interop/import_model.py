@@ -174,6 +174,7 @@ def import_model(
     params=decoder_lm.abstract_params(config),
     tokenizer=tokenizer if tokenizer is not None else texts.tokenizer,
     stop_tokens=texts.stop_tokens,
+    begin_token=texts.begin_token,
     chat_template=texts.chat_template,
   )
   if not problems.sound:

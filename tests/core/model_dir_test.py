@@ -107,17 +107,21 @@ def test_header_describes_the_model(tmp_path):
     lineage=_model().lineage,
     has_tokenizer=True,
     stop_tokens=(),
+    begin_token=None,
     chat_template=None,
   )
 
 
 def test_a_model_without_a_tokenizer_and_with_stop_tokens(tmp_path):
-  stored = dataclasses.replace(_model(), tokenizer=None, stop_tokens=(2, 7))
+  stored = dataclasses.replace(
+    _model(), tokenizer=None, stop_tokens=(2, 7), begin_token=3
+  )
   model_dir.save_model(tmp_path / "model", stored, axes=AXES)
   assert not (tmp_path / "model" / "tokenizer.json").exists()
   loaded = _load(tmp_path / "model")
   assert loaded.tokenizer is None
   assert loaded.stop_tokens == (2, 7)
+  assert loaded.begin_token == 3
 
 
 def test_a_chat_template_is_kept_as_it_is(tmp_path):

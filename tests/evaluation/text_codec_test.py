@@ -51,6 +51,10 @@ def test_an_imported_model_begins_with_its_stop_token_or_what_is_given():
   assert (codec.prefix_token_id, codec.eot_token_id) == (4, 4)
   assert codec.stop_tokens == (4, 3)
   assert codec.encode("ab") == [0, 1]
+  # As harnesses do, what its makers call the beginning comes first.
+  named = TextCodec(imported(stop_tokens=(4,), begin_token=3))
+  assert (named.prefix_token_id, named.eot_token_id) == (3, 4)
+  assert named.encode("ab") == [0, 1]
   chosen = TextCodec(imported(stop_tokens=(4,)), prefix_token_id=3)
   assert (chosen.prefix_token_id, chosen.eot_token_id) == (3, 4)
   assert chosen.encode("<|x|>ab") == [3, 0, 1]

@@ -168,8 +168,27 @@ def _texts(tmp_path, **files: Any) -> Texts:
 
 def test_texts_that_are_not_there_are_none(tmp_path):
   assert _texts(tmp_path) == Texts(
-    tokenizer=None, stop_tokens=(), chat_template=None
+    tokenizer=None, stop_tokens=(), begin_token=None, chat_template=None
   )
+
+
+@pytest.mark.parametrize(
+  ("config", "generation", "expected"),
+  [
+    (3, None, 3),
+    (3, {"bos_token_id": 5}, 5),
+    (None, {"bos_token_id": 0}, 0),
+    (-1, None, None),
+    (None, None, None),
+  ],
+)
+def test_the_begin_token_is_named_by_either_file(
+  config, generation, expected, tmp_path
+):
+  files: dict[str, Any] = {"config__json": {"bos_token_id": config}}
+  if generation is not None:
+    files["generation_config__json"] = generation
+  assert _texts(tmp_path, **files).begin_token == expected
 
 
 @pytest.mark.parametrize(
@@ -248,5 +267,5 @@ def test_a_tokenizer_that_is_none_is_refused(tmp_path):
   )
   # Not where another one is given.
   assert _directory(tmp_path / "a").texts(with_tokenizer=False) == Texts(
-    tokenizer=None, stop_tokens=(), chat_template=None
+    tokenizer=None, stop_tokens=(), begin_token=None, chat_template=None
   )

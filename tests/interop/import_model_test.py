@@ -182,7 +182,9 @@ def test_one_tensor_at_a_time_is_held(tmp_path):
     source=source,
     config=config,
     names=FAMILIES["llama"].tensors,
-    texts=Texts(tokenizer=None, stop_tokens=(), chat_template=None),
+    texts=Texts(
+      tokenizer=None, stop_tokens=(), begin_token=None, chat_template=None
+    ),
     zeros={},
     repeats={},
     derived=frozenset(),
