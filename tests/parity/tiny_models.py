@@ -34,7 +34,9 @@ def build(name: str, options: dict[str, Any], path: pathlib.Path) -> None:
       shared_expert_intermediate_size=40,
     )
   if name == "Qwen3Moe":
-    sizes |= dict(num_local_experts=6, moe_intermediate_size=24)
+    sizes |= dict(
+      num_local_experts=6, num_experts_per_tok=3, moe_intermediate_size=24
+    )
   config = getattr(transformers, f"{name}Config")(**(sizes | options))
   torch.manual_seed(0)
   model = getattr(transformers, f"{name}ForCausalLM")(config).float()
