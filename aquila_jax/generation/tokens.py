@@ -118,7 +118,8 @@ def generate_tokens(
     stopwatch.lap("compile_s", run.to_end(run.prefill(), limit=1))
   state = run.prefill()
   stopwatch.lap("prefill_s", state)
-  state = run.to_end(state, limit=run.limit)
+  if run.limit > 1:
+    state = run.to_end(state, limit=run.limit)
   chosen = np.asarray(state.tokens)[:, : int(state.count)].tolist()
   stopwatch.lap("decode_s", state)
   ended = [run.ended(row, ids) for row, ids in enumerate(chosen)]
