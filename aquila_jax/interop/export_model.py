@@ -41,11 +41,12 @@ class Exported:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Planned:
-  """A tensor of the export; without a slot it is zeros."""
+  """A tensor of the export: a part of a leaf, or idle."""
 
   name: str
   shape: tuple[int, ...]
   slot: layout.Slot | None
+  value: int = 0  # of every element, without a slot
 
 
 def export_model(
@@ -138,8 +139,8 @@ def _plan(family: Family, config: ModelConfig) -> list[_Planned]:
     for slot in layout.slots(config, family.tensors)
   ]
   tensors += [
-    _Planned(name=name, shape=shape, slot=None)
-    for name, shape in families.zero_tensors(family, config).items()
+    _Planned(name=name, shape=idle.shape, slot=None, value=idle.value)
+    for name, idle in families.idle_tensors(family, config).items()
   ]
   return sorted(tensors, key=lambda tensor: _natural(tensor.name))
 
@@ -176,7 +177,7 @@ def _value(
 ) -> np.ndarray:
   slot = tensor.slot
   if slot is None:
-    return np.zeros(tensor.shape, dtype)
+    return np.full(tensor.shape, tensor.value, dtype)
   value = slot.to_tensor(reader.read(slot.leaf, index=slot.index))
   with np.errstate(over="ignore"):  # looked for below
     cast = np.ascontiguousarray(value.astype(dtype, copy=False))

@@ -110,7 +110,7 @@ FAMILIES = {
   )
 }
 
-# The width of a shared expert of zeros, where a class must have one. Not 0:
+# The width of an idle shared expert, where a class must have one. Not 0:
 # llama.cpp takes that for "as wide as the FFN". 32 is the block of its
 # quantized types.
 _IDLE_SHARED_DIM = 32
@@ -248,48 +248,54 @@ def write_config(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
   return family, tree | _moe_tree(family, config)
 
 
-def zero_tensors(
-  family: Family, config: ModelConfig
-) -> dict[str, tuple[int, ...]]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IdleTensor:
+  """A tensor of one value that a class has and that changes nothing."""
+
+  shape: tuple[int, ...]
+  value: int = 0
+
+
+def idle_tensors(family: Family, config: ModelConfig) -> dict[str, IdleTensor]:
   """Tensors that the class of a family has and the model has not.
 
-  They are written as zeros, which add nothing: the biases of all four
-  projections come together in Llama, Qwen3 and Qwen3-MoE; Qwen2-MoE always has
-  a shared expert.
+  Biases are zeros: those of all four projections come together in Llama, Qwen3
+  and Qwen3-MoE; vLLM's Qwen2-MoE has those of Q, K and V whatever the config
+  says. Qwen2-MoE always has a shared expert: it is zeros too, but for the gate
+  in front of it, since llama.cpp divides by that gate's logit.
 
   Args:
     family: of `write_config`.
     config: of the model.
 
   Returns:
-    The shape of every such tensor.
+    Every such tensor by name.
   """
   layer = "model.layers.{layer}."
-  shapes: dict[str, tuple[int, ...]] = {}
-  if family.bias == "all_by_attention_bias" and (
-    config.qkv_bias or config.out_bias
+  found: dict[str, IdleTensor] = {}
+  all_four = family.bias == "all_by_attention_bias"
+  any_bias = config.qkv_bias or config.out_bias
+  biases: dict[str, int] = {}
+  if not config.qkv_bias and (
+    (all_four and any_bias) or family.bias == "qkv_by_qkv_bias"
   ):
-    projections = {
-      "q_proj": config.num_heads * config.head_dim,
-      "k_proj": config.num_kv_heads * config.head_dim,
-      "v_proj": config.num_kv_heads * config.head_dim,
-    }
-    if config.qkv_bias:
-      projections = {}
-    if not config.out_bias:
-      projections |= {"o_proj": config.embed_dim}
-    for name, size in projections.items():
-      shapes[f"{layer}self_attn.{name}.bias"] = (size,)
+    biases["q_proj"] = config.num_heads * config.head_dim
+    biases["k_proj"] = config.num_kv_heads * config.head_dim
+    biases["v_proj"] = config.num_kv_heads * config.head_dim
+  if all_four and any_bias and not config.out_bias:
+    biases["o_proj"] = config.embed_dim
+  for name, size in biases.items():
+    found[f"{layer}self_attn.{name}.bias"] = IdleTensor(shape=(size,))
   if family.shared_expert and config.moe and not config.moe.shared_expert_dim:
     width, hidden = config.embed_dim, _IDLE_SHARED_DIM
     prefix = f"{layer}mlp.shared_expert"
-    shapes[f"{prefix}.gate_proj.weight"] = (hidden, width)
-    shapes[f"{prefix}.up_proj.weight"] = (hidden, width)
-    shapes[f"{prefix}.down_proj.weight"] = (width, hidden)
-    shapes[f"{prefix}_gate.weight"] = (1, width)
+    found[f"{prefix}.gate_proj.weight"] = IdleTensor(shape=(hidden, width))
+    found[f"{prefix}.up_proj.weight"] = IdleTensor(shape=(hidden, width))
+    found[f"{prefix}.down_proj.weight"] = IdleTensor(shape=(width, hidden))
+    found[f"{prefix}_gate.weight"] = IdleTensor(shape=(1, width), value=1)
   return {
-    name.format(layer=i): shape
-    for name, shape in shapes.items()
+    name.format(layer=i): tensor
+    for name, tensor in found.items()
     for i in range(config.num_layers)
   }
 
@@ -359,7 +365,7 @@ def _bias_tree(family: Family, config: ModelConfig) -> dict[str, Any]:
   if family.bias == "all_by_attention_bias":
     return {"attention_bias": config.qkv_bias or config.out_bias}
   if family.bias == "qkv_by_qkv_bias":
-    return {"qkv_bias": config.qkv_bias}
+    return {"qkv_bias": True}  # see idle_tensors
   return {}
 
 

@@ -23,6 +23,7 @@ from aquila_jax.core.lineage import Event, Lineage
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.model_dir import StoredModel
 from aquila_jax.interop import export_record, families, layout
+from aquila_jax.interop.families import IdleTensor
 from aquila_jax.interop.fields import listed
 from aquila_jax.interop.gguf_file import GGUFFile
 from aquila_jax.interop.hf_directory import HFDirectory, Texts
@@ -44,8 +45,8 @@ class Checkpoint:
   config: ModelConfig
   names: Mapping[str, str]
   texts: Texts
-  # Tensors that hold zeros where the model has nothing; they must.
-  zeros: Mapping[str, tuple[int, ...]]
+  # Tensors that change nothing, where the model has none.
+  idle: Mapping[str, IdleTensor]
   # Tensors that repeat another one: name -> which.
   repeats: Mapping[str, str]
   # Tensors that say what the config already has.
@@ -113,7 +114,7 @@ def _of_directory(
     config=config,
     names=family.tensors,
     texts=texts,
-    zeros=families.zero_tensors(family, config) if record else {},
+    idle=families.idle_tensors(family, config) if record else {},
     repeats=repeats,
     derived=source.derived,
     lineage=record.lineage if record else Lineage(),
@@ -128,7 +129,7 @@ def _of_gguf(source: GGUFFile, texts: Texts, *, dtype: str) -> Checkpoint:
     config=source.model_config(dtype or source.dtype),
     names=source.names,
     texts=texts,
-    zeros={},
+    idle={},
     repeats={},
     derived=source.derived,
     lineage=Lineage(),
@@ -234,7 +235,8 @@ class Problems:
 def account(checkpoint: Checkpoint, slots: list[layout.Slot]) -> Problems:
   """Compares what a model needs with what a checkpoint says it has."""
   found = checkpoint.source.tensors
-  needed = {slot.tensor: slot.shape for slot in slots} | dict(checkpoint.zeros)
+  needed = {slot.tensor: slot.shape for slot in slots}
+  needed |= {name: tensor.shape for name, tensor in checkpoint.idle.items()}
   problems = Problems()
   for name, shape in needed.items():
     if name not in found:
@@ -295,9 +297,12 @@ def _find_not_finite(
 def _check_contents(checkpoint: Checkpoint, problems: Problems) -> None:
   """Tensors that the model does not hold must say what it says without them."""
   source = checkpoint.source
-  for name in checkpoint.zeros:
-    if name not in problems.unreadable and np.any(source.read(name)):
-      problems.add(name, f"expected zeros, by {export_record.NAME}")
+  for name, tensor in checkpoint.idle.items():
+    if name in problems.unreadable:
+      continue
+    if np.any(source.read(name) != tensor.value):
+      expected = "ones" if tensor.value else "zeros"
+      problems.add(name, f"expected {expected}, by {export_record.NAME}")
   for name, original in checkpoint.repeats.items():
     if (
       name in source.tensors

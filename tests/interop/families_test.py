@@ -122,6 +122,8 @@ def test_what_is_written_is_read_as_the_same_model(name):
   if family.bias == "all_by_attention_bias":
     both = config.qkv_bias or config.out_bias
     expected = dict(qkv_bias=both, out_bias=both)
+  elif family.bias == "qkv_by_qkv_bias":
+    expected = dict(qkv_bias=True)
   if config.moe is not None:
     moe = dataclasses.replace(
       config.moe,
@@ -137,12 +139,15 @@ def test_what_is_written_is_read_as_the_same_model(name):
   assert read == dataclasses.replace(config, **expected)
 
 
-def test_tensors_of_zeros_fill_what_the_class_has_and_the_model_has_not():
-  shapes = {}
+def test_idle_tensors_fill_what_the_class_has_and_the_model_has_not():
+  shapes, ones = {}, set()
   for name in tiny.KINDS:
     config = tiny.KINDS[name][0]
     family, _ = families.write_config(config)
-    shapes[name] = families.zero_tensors(family, config)
+    idle = families.idle_tensors(family, config)
+    shapes[name] = {key: tensor.shape for key, tensor in idle.items()}
+    ones |= {key for key, tensor in idle.items() if tensor.value == 1}
+    assert {tensor.value for tensor in idle.values()} <= {0, 1}
   layers = ("model.layers.0.", "model.layers.1.")
   # N H = 16, K H = 8, D = 8.
   qkv = {"q_proj": (16,), "k_proj": (8,), "v_proj": (8,)}
@@ -167,9 +172,12 @@ def test_tensors_of_zeros_fill_what_the_class_has_and_the_model_has_not():
     "out bias": without_qkv,
     "qk_norm, qkv bias, window, tied": without_out,
     "experts, qkv bias": without_shared,
-    "experts, gates below one": without_shared,
+    "experts, gates below one": without_shared | without_qkv,
+    "shared expert": without_qkv,
     "experts, qk_norm, out bias": without_qkv,
   }
+  # Elsewhere 0 / 0: llama.cpp has the sigmoid of it as silu(x) / x.
+  assert ones == {f"{layer}mlp.shared_expert_gate.weight" for layer in layers}
 
 
 ROPE: dict[str, tuple[dict[str, Any], Any]] = {

@@ -185,7 +185,7 @@ def test_one_tensor_at_a_time_is_held(tmp_path):
     texts=Texts(
       tokenizer=None, stop_tokens=(), begin_token=None, chat_template=None
     ),
-    zeros={},
+    idle={},
     repeats={},
     derived=frozenset(),
     lineage=tiny.LINEAGE,
