@@ -27,6 +27,7 @@ from aquila_jax.interop import comparison, tracing
 from aquila_jax.interop.comparison import Comparison, OurModel, TextComparison
 from aquila_jax.interop.stock_model import StockModel
 from aquila_jax.interop.tracing import PartDifference
+from aquila_jax.pipeline.context import say_on_stderr
 from aquila_jax.training.compilation import enable_compilation_cache
 
 _MODEL = flags.DEFINE_string("model", None, "A MODEL.", required=True)
@@ -208,14 +209,25 @@ def _encode(texts: Sequence[str], stored: StoredModel) -> list[list[int]]:
       f"--continue_tokens={count}: expected fewer than the MODEL's"
       f" context_length={context}"
     )
-  tokenizer = text_model(stored).tokenizer
-  rows = [tokenizer.encode(text).ids[: context - count] for text in texts]
+  rows = [row[: context - count] for row in _all_tokens(texts, stored)]
   for text, row in zip(texts, rows, strict=True):
     if not row:
       raise errors.UserError(
         f"--text={text!r}: has no tokens; give at least one character"
       )
   return rows
+
+
+def _all_tokens(texts: Sequence[str], stored: StoredModel) -> list[list[int]]:
+  """By the MODEL's tokenizer, or, where it has none, of the texts' bytes."""
+  if stored.tokenizer is None:
+    say_on_stderr(
+      "the MODEL has no tokenizer.json: bytes of the texts stand for tokens"
+    )
+    rows = stored.config.vocab_size
+    return [[byte % rows for byte in text.encode()] for text in texts]
+  tokenizer = text_model(stored).tokenizer
+  return [tokenizer.encode(text).ids for text in texts]
 
 
 def _greedy(ours: OurModel, tokens: Sequence[int], count: int) -> Sequence[int]:

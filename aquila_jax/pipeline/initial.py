@@ -65,6 +65,10 @@ class Start:
       self.locate(given), like=decoder_lm.abstract_params, what=what
     )
 
+  def forget_source(self) -> None:
+    """Frees the source; the next look at it reads it again."""
+    self.__dict__.pop("source", None)
+
   def model(self, method: GrowthMethod | None = None) -> StoredModel:
     """The stage's model before its training.
 

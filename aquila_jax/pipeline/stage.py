@@ -15,8 +15,6 @@ after the last of them.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -85,15 +83,36 @@ def run_stage(
     sequence_length=start.stage.train.sequence_length,
     max_tokens=start.stage.train.evaluate_tokens,
   )
-  initial = functools.cache(start.model)  # grown once, if at all
+  initial = _Initial(start)
   if found is None:
-    opening = _open(start, initial(), evaluator)
+    opening = _open(start, initial.look(), evaluator)
     records.write(directory / "stage.json", dataclasses.asdict(opening))
   else:
     opening = Opening(**found)
   job = _job(start, opening, directory, evaluator=evaluator, initial=initial)
   result = train(dataclasses.replace(job, profile_steps=profile_steps))
   _finish(start, opening, result, directory, save_optimizer=save_optimizer)
+
+
+class _Initial:
+  """A stage's model before its training: grown once, and held no longer."""
+
+  def __init__(self, start: Start):
+    self._start = start
+    self._model: StoredModel | None = None
+
+  def look(self) -> StoredModel:
+    if self._model is None:
+      self._model = self._start.model()
+    return self._model
+
+  def take(self) -> InitialModel:
+    """Hands the model over. Training has no room for it and its source."""
+    model, self._model = self.look(), None
+    self._start.forget_source()
+    return InitialModel(
+      params=model.params, moments=model.moments, ema=model.ema
+    )
 
 
 def check_unchanged(start: Start, directory: epath.Path) -> None:
@@ -195,17 +214,13 @@ def _announcement(
   return lines
 
 
-def _initial_model(model: StoredModel) -> InitialModel:
-  return InitialModel(params=model.params, moments=model.moments, ema=model.ema)
-
-
 def _job(
   start: Start,
   opening: Opening,
   directory: epath.Path,
   *,
   evaluator: Evaluator,
-  initial: Callable[[], StoredModel],
+  initial: _Initial,
 ) -> TrainJob:
   context, stage = start.context, start.stage
   lineage = Lineage.from_json(opening.lineage)
@@ -219,7 +234,7 @@ def _job(
     workdir=directory,
     input=prepared_input(context.data, train=stage.train, seed=seed),
     data_state=_data_state(context, lineage, name=start.name),
-    initial=lambda: _initial_model(initial()),
+    initial=initial.take,
     flops_per_token=counting.train_flops_per_token(
       stage.model, stage.train.sequence_length
     ),
