@@ -42,8 +42,8 @@ class ListedCache(struct.PyTreeNode):
   in all layers is here once.
   """
 
-  key: tuple[Leaf, ...]  # of every layer, float [B S K H]
-  value: tuple[Leaf, ...]  # of every layer, float [B S K H]
+  key: tuple[Leaf, ...]  # of every layer, float [B K S H]
+  value: tuple[Leaf, ...]  # of every layer, float [B K S H]
   segments: Leaf  # int [B S]
   length: Leaf  # int []
 
@@ -249,15 +249,15 @@ def make_cache(
   shape = (
     config.num_layers,
     batch_size,
-    num_slots,
     config.num_kv_heads,
+    num_slots,
     config.head_dim,
   )
   dtype = jnp.dtype(config.compute_dtype)
   return KVCache(
     key=jnp.zeros(shape, dtype),
     value=jnp.zeros(shape, dtype),
-    segments=jnp.zeros(shape[:3], jnp.int32),
+    segments=jnp.zeros((config.num_layers, batch_size, num_slots), jnp.int32),
     length=jnp.zeros(config.num_layers, jnp.int32),
   )
 

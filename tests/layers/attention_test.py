@@ -366,8 +366,8 @@ def test_cache_gives_what_the_whole_row_gives(steps):
 def _assert_cached_equals_whole(config, params, x, *, steps):
   whole, _ = _run(config, params, x, segments=SEGMENTS, positions=POSITIONS)
   cache = KVCache(
-    key=jnp.zeros((2, 10, 2, 4)),
-    value=jnp.zeros((2, 10, 2, 4)),
+    key=jnp.zeros((2, 2, 10, 4)),
+    value=jnp.zeros((2, 2, 10, 4)),
     segments=jnp.zeros((2, 10), jnp.int32),
     length=jnp.zeros((), jnp.int32),
   )
