@@ -9,7 +9,7 @@ fetches the model, runs both jobs, and exports what they make. By hand:
     --config=experiments/configs/smollm2_efficient_scale.py
 
 Training, the pipeline: query heads 9 -> 12 inside the 3 key/value groups, then
-4 experts of which a token takes 2, about 380M parameters; 20 and 100 steps of
+4 experts of which a token takes 2, about 380M parameters; 5 and 100 steps of
 512 tokens of English and Chinese, by AdamW. The text is in SmolLM2's own
 tokens, an English vocabulary: a Chinese character is two of them.
 
@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
         scale_up=dict(
           init=dict(kind="scale_up", source=SOURCE, method="fpi"),
           model=grown,
-          train=_train(steps=20, warmup_steps=5),
+          train=_train(steps=5, warmup_steps=2),
         ),
         scale_out=dict(
           init=dict(kind="scale_out", source="scale_up"),
