@@ -233,8 +233,9 @@ def _leaves(
   )[0]
   axes = jax.tree.leaves(decoder_lm.parameter_axes(target))
   trees = [("params", source.params, writer.params)]
-  trees += [("ema", source.ema, writer.ema)] if source.ema else []
-  if writer.optimizer is not None:
+  if source.ema is not None and writer.ema is not None:
+    trees.append(("ema", source.ema, writer.ema))
+  if source.optimizer is not None and writer.optimizer is not None:
     trees += [(m, source.optimizer, writer.optimizer) for m in ("mu", "nu")]
   for role, reader, tree in trees:
     for (path, shape), leaf_axes in zip(shapes, axes, strict=True):

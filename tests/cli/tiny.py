@@ -35,7 +35,7 @@ def dense_config() -> ModelConfig:
   return dataclasses.replace(experiment().stages["dense"].model, init_std=0.4)
 
 
-def untrained(config: ModelConfig, tokenizer: str) -> StoredModel:
+def untrained(config: ModelConfig, tokenizer: str | None) -> StoredModel:
   """Random parameters, no moments."""
   init = jax.jit(functools.partial(decoder_lm.init_params, config))
   params = init(key=jax.random.key(5))
@@ -44,7 +44,7 @@ def untrained(config: ModelConfig, tokenizer: str) -> StoredModel:
   )
 
 
-def stored(tokenizer: str) -> StoredModel:
+def stored(tokenizer: str | None) -> StoredModel:
   """A dense model with moments of no meaning."""
   model = untrained(dense_config(), tokenizer)
   event = Event(kind="train", name="dense", steps=COUNT, tokens=3584)
