@@ -51,7 +51,11 @@ _EXTRAS = {
   # compare_hf and `make parity`. Exact, because the table in docs/parity.md is
   # of these. On Linux torch brings CUDA where pip's index has no CPU build;
   # PIP_EXTRA_INDEX_URL can name one that has.
-  "parity": ["torch==2.13.0", "transformers==5.24.0"],
+  "parity": [
+    "accelerate>=1.10",  # with which transformers reads a GGUF file
+    "torch==2.13.0",
+    "transformers==5.24.0",
+  ],
   "test": [
     "beartype>=0.22",
     "pytest>=9",
