@@ -12,12 +12,10 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from aquila_jax.core import config as config_lib
 from aquila_jax.core import errors, model_dir
 from aquila_jax.core.lineage import Event, Lineage
 from aquila_jax.core.model_config import ModelConfig
@@ -312,12 +310,3 @@ def _check_contents(checkpoint: Checkpoint, problems: Problems) -> None:
       problems.add(
         name, f"differs from {original}, though tie_word_embeddings is true"
       )
-
-
-def summary(checkpoint: Checkpoint) -> dict[str, Any]:
-  """What the verb prints of a checkpoint before it reads the tensors."""
-  return {
-    "family": checkpoint.family,
-    "tensors": len(checkpoint.source.tensors),
-    "model": config_lib.to_dict(checkpoint.config),
-  }

@@ -30,7 +30,6 @@ from aquila_jax.interop.import_model import (
   Checkpoint,
   import_model,
   open_checkpoint,
-  summary,
 )
 from aquila_jax.interop.tensors import TensorInfo
 from aquila_jax.models import decoder_lm
@@ -114,15 +113,14 @@ def test_the_spelling_of_older_transformers_is_the_same_model(tmp_path):
     assert found.unknown == []
 
 
-def test_lineage_summary_and_dtype_of_a_checkpoint(tmp_path):
+def test_lineage_and_dtype_of_a_checkpoint(tmp_path):
   source = tiny.REFERENCES / "qwen3"
   checkpoint = open_checkpoint(source)
   assert checkpoint.unknown == []
-  described = summary(checkpoint)
   # 2 layers of 4 matrices of attention, 3 of the FFN and 4 norms; a last norm,
   # embedding and head.
-  assert (described["family"], described["tensors"]) == ("qwen3", 25)
-  assert described["model"]["param_dtype"] == "bfloat16"
+  assert (checkpoint.family, len(checkpoint.source.tensors)) == ("qwen3", 25)
+  assert checkpoint.config.param_dtype == "bfloat16"
   lines: list[str] = []
   written = import_model(
     checkpoint, tmp_path / "a", parent="somewhere", progress=lines.append
