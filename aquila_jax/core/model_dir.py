@@ -278,13 +278,23 @@ def load_model(
   if with_optimizer and (directory / "optimizer").exists():
     moments = _read_moments(directory / "optimizer", wide)
   ema = directory / "ema"
+  return dataclasses.replace(
+    _without_arrays(directory, header, shapes=shapes),
+    params=array_store.read_tree(directory / "params", shapes),
+    moments=moments,
+    ema=array_store.read_tree(ema, wide) if ema.exists() else None,
+  )
+
+
+def _without_arrays(
+  directory: epath.Path, header: Header, *, shapes: Any
+) -> StoredModel:
+  """A MODEL but for its arrays: shapes of parameters."""
   return StoredModel(
     config=header.config,
     lineage=header.lineage,
-    params=array_store.read_tree(directory / "params", shapes),
+    params=shapes,
     tokenizer=read_tokenizer(directory) if header.has_tokenizer else None,
-    moments=moments,
-    ema=array_store.read_tree(ema, wide) if ema.exists() else None,
     stop_tokens=header.stop_tokens,
     begin_token=header.begin_token,
     chat_template=header.chat_template,
@@ -327,15 +337,7 @@ def open_model(
     return array_store.TreeReader(folder, tree) if folder.exists() else None
 
   return ModelReader(
-    model=StoredModel(
-      config=header.config,
-      lineage=header.lineage,
-      params=shapes,
-      tokenizer=read_tokenizer(directory) if header.has_tokenizer else None,
-      stop_tokens=header.stop_tokens,
-      begin_token=header.begin_token,
-      chat_template=header.chat_template,
-    ),
+    model=_without_arrays(directory, header, shapes=shapes),
     params=array_store.TreeReader(directory / "params", shapes),
     optimizer=optional("optimizer", {"mu": wide, "nu": wide, "count": _COUNT}),
     ema=optional("ema", wide),
