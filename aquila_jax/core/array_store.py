@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,19 +24,22 @@ from aquila_jax.core import errors
 from aquila_jax.core.axes import LeafAxes
 
 _CHUNK_BYTES = 256 * 2**20  # no chunk is larger, whatever the leaf
+# Rows of a table, or columns of a head, that growth has in memory at a time;
+# chunks end where these do, so that none is written twice.
+VOCAB_BLOCK = 8192
 _DICT_KEY = 2  # Orbax's code of a dict key in _METADATA
 
 
 def chunk_shape(
   shape: Sequence[int], axes: LeafAxes, *, itemsize: int
 ) -> tuple[int, ...]:
-  """One layer (of one expert) a chunk, and at most 256 MiB."""
-  chunk = [
-    1
-    if axis.name in ("layer", "expert") and axis.role.value == "neither"
-    else n
-    for n, axis in zip(shape, axes.axes, strict=True)
-  ]
+  """One layer (of one expert), 8,192 of `vocab`, and at most 256 MiB."""
+  chunk = []
+  for n, axis in zip(shape, axes.axes, strict=True):
+    if axis.name in ("layer", "expert") and axis.role.value == "neither":
+      chunk.append(1)
+    else:
+      chunk.append(min(n, VOCAB_BLOCK) if axis.name == "vocab" else n)
   for dim in range(len(chunk)):
     while chunk[dim] > 1 and math.prod(chunk) * itemsize > _CHUNK_BYTES:
       chunk[dim] = -(-chunk[dim] // 2)
@@ -45,7 +49,8 @@ def chunk_shape(
 class TreeWriter:
   """Writes a tree of arrays leaf by leaf, or slice by slice of a leaf.
 
-  Nothing is kept in memory. `close` refuses a tree that is not complete.
+  Nothing is kept in memory. Threads may write at the same time, each its own
+  slice. `close` refuses a tree that is not complete.
 
   Args:
     directory: made here; it must not exist.
@@ -56,6 +61,7 @@ class TreeWriter:
   def __init__(self, directory: epath.Path, like: Any, *, axes: Any):
     directory.mkdir(parents=True)
     self._directory = directory
+    self._lock = threading.Lock()
     self._leaves = _named_leaves(like)
     leaf_axes = dict(_named_leaves(axes))
     self._stores = {}
@@ -70,20 +76,22 @@ class TreeWriter:
       self._missing[".".join(keys)] = math.prod(leaf.shape)
 
   def write(
-    self, name: str, value: Any, *, index: tuple[int, ...] = ()
+    self, name: str, value: Any, *, index: tuple[int | slice, ...] = ()
   ) -> None:
     """Writes leaf[index] = value.
 
     Args:
       name: the keys of the leaf, joined by dots.
-      value: of the leaf's dtype, and of its shape behind `index`.
+      value: of the leaf's dtype, and of the shape of leaf[index].
       index: of the leading dimensions; none is the whole leaf.
     """
     store, value = self._stores[name], np.asarray(value)
+    store = store[index] if index else store
     assert value.dtype == store.dtype.numpy_dtype, (name, value.dtype)
-    assert value.shape == store.shape[len(index) :], (name, value.shape)
-    (store[index] if index else store).write(value).result()
-    self._missing[name] -= value.size
+    assert value.shape == store.shape, (name, value.shape)
+    store.write(value).result()
+    with self._lock:
+      self._missing[name] -= value.size
 
   def close(self) -> None:
     """Writes Orbax's metadata; every element must have been written once."""
@@ -149,7 +157,7 @@ class TreeReader:
         )
       self._stores[name] = store
 
-  def start(self, name: str, *, index: tuple[int, ...] = ()) -> Any:
+  def start(self, name: str, *, index: tuple[Any, ...] = ()) -> Any:
     """Begins to read leaf[index]; `finish` waits for it."""
     store = self._stores[name]
     return (store[index] if index else store).read()
@@ -165,12 +173,13 @@ class TreeReader:
     except ValueError as error:
       raise _damaged(self._directory, name, error) from error
 
-  def read(self, name: str, *, index: tuple[int, ...] = ()) -> np.ndarray:
+  def read(self, name: str, *, index: tuple[Any, ...] = ()) -> np.ndarray:
     """leaf[index].
 
     Args:
       name: the keys of the leaf, joined by dots.
-      index: of the leading dimensions; none is the whole leaf.
+      index: of the leading dimensions, each a number, a slice, or (one of
+        them) an array of numbers; none is the whole leaf.
 
     Returns:
       The array.

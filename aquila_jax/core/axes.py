@@ -97,6 +97,10 @@ class LeafAxes:
   """
 
   axes: tuple[Axis, ...]
+  # Multiplies what was divided by its root mean square over the leaf's own
+  # axis: the scale of an RMSNorm. What such a scale must be depends on the
+  # size of the axis, and a zero in it never trains what it multiplies.
+  is_norm_scale: bool = False
 
   @property
   def names(self) -> tuple[str, ...]:
@@ -112,6 +116,12 @@ class LeafAxes:
       axis.name == name and role in (None, axis.role) for axis in self.axes
     )
 
+  @property
+  def is_map(self) -> bool:
+    """Whether the leaf reads an axis and writes one: a matrix, no vector."""
+    roles = {axis.role for axis in self.axes}
+    return {Role.READS, Role.WRITES} <= roles
+
   def __str__(self) -> str:
     return ", ".join(str(axis) for axis in self.axes)
 
@@ -125,6 +135,7 @@ class Declared(nn.meta.AxisMetadata, struct.PyTreeNode):
 
   value: Any
   axes: tuple[Axis, ...] = struct.field(pytree_node=False)
+  is_norm_scale: bool = struct.field(pytree_node=False, default=False)
 
   def unbox(self) -> Any:
     return self.value
@@ -145,12 +156,15 @@ class Declared(nn.meta.AxisMetadata, struct.PyTreeNode):
 Initializer = Callable[..., jax.Array]
 
 
-def declare(init: Initializer, axes: Sequence[Axis]) -> Callable[..., Any]:
+def declare(
+  init: Initializer, axes: Sequence[Axis], *, is_norm_scale: bool = False
+) -> Callable[..., Any]:
   """Wraps an initializer so that the parameter it makes declares `axes`.
 
   Args:
     init: `init(key, shape, dtype)`, as in `jax.nn.initializers`.
     axes: one `Axis` for every dimension of the shape it will be called with.
+    is_norm_scale: see `LeafAxes`.
 
   Returns:
     An initializer for `nn.Module.param`. It makes a `Declared`, which `param`
@@ -168,7 +182,11 @@ def declare(init: Initializer, axes: Sequence[Axis]) -> Callable[..., Any]:
         f"shape {tuple(shape)} has {len(shape)} dimensions, declared axes are"
         f" ({', '.join(map(str, axes))})"
       )
-    return Declared(value=init(key, shape, dtype), axes=tuple(axes))
+    return Declared(
+      value=init(key, shape, dtype),
+      axes=tuple(axes),
+      is_norm_scale=is_norm_scale,
+    )
 
   return init_declared
 
@@ -181,7 +199,9 @@ def split_declared(variables: Any) -> tuple[Any, Any]:
   """Splits a tree of `Declared` into plain values and a tree of `LeafAxes`."""
   values = jax.tree.map(lambda box: box.value, variables, is_leaf=_is_declared)
   axes = jax.tree.map(
-    lambda box: LeafAxes(box.axes), variables, is_leaf=_is_declared
+    lambda box: LeafAxes(box.axes, is_norm_scale=box.is_norm_scale),
+    variables,
+    is_leaf=_is_declared,
   )
   return values, axes
 

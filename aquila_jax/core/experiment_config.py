@@ -9,9 +9,20 @@ from aquila_jax.core import errors
 from aquila_jax.core.config import require
 from aquila_jax.core.model_config import ModelConfig
 
-GrowthMethod = Literal["fpi", "aki", "aki_pro", "random"]
+# The methods that growth/methods.py defines; "module:function" is one's own.
+GROWTH_METHODS = (
+  "fpi",
+  "aki",
+  "aki_pro",
+  "bert2bert",
+  "hypercloning",
+  "lemon",
+  "random",
+)
 WidthMap = Literal["circular", "random"]
-DepthRule = Literal["interpolate", "stack"]
+DepthRule = Literal[
+  "interpolate", "stack", "stack_top", "solar", "llama_pro", "lemon"
+]
 ResidualReading = Literal["next_layer", "own_layer"]
 OptimizerRule = Literal["grow", "reset"]
 
@@ -48,21 +59,48 @@ class ScaleUp:
   kind: Literal["scale_up"] = "scale_up"
   # A stage of this pipeline, or the path of a MODEL directory.
   source: str
-  method: GrowthMethod = "aki_pro"
+  # One of GROWTH_METHODS, or "module:function" of a method of one's own.
+  method: str = "aki_pro"
   width_map: WidthMap = "circular"
-  depth: DepthRule = "interpolate"
+  # A JSON file of maps by axis name (embed, mlp, kv_head, q_per_kv, layer,
+  # vocab): for every target index the source index that it copies. They stand
+  # in place of those that the method would choose.
+  maps: str = ""
+  # None: the method's own.
+  depth: DepthRule | None = None
+  # The source layer of every target layer, in place of a depth rule.
+  layers: tuple[int, ...] = ()
   # Under AKI: whether the new outputs of the attention's and FFN's last
   # projections (and of the norms) are the next layer's or the layer's own.
   aki_residual: ResidualReading = "next_layer"
+  # Noise on the shares that the readers of copies get, relative to their root
+  # mean square; it sums to zero over the copies. None: the method's own.
+  split_noise: float | None = None
+  # Whether the target may have more tokens; new rows are the mean of all.
+  vocabulary: Literal["keep", "mean"] = "keep"
+  # Whether the target may have another rope_theta or rope_scaling.
+  context: Literal["keep", "extend"] = "keep"
   optimizer: OptimizerRule = "grow"
   # Further methods whose loss right after growth is recorded beside.
-  compare: tuple[GrowthMethod, ...] = ()
+  compare: tuple[str, ...] = ()
 
   def __post_init__(self):
     require(
-      self.method != "aki_pro" or self.depth == "interpolate",
+      self.method != "aki_pro"
+      or (self.depth in (None, "interpolate") and not self.layers),
       f"depth={self.depth!r}: method='aki_pro' is AKI with"
-      " depth='interpolate'; use method='aki' for another depth rule",
+      " depth='interpolate'; use method='aki' for another depth rule"
+      if not self.layers
+      else f"layers={self.layers}: method='aki_pro' is AKI with"
+      " depth='interpolate'; use method='aki' for chosen layers",
+    )
+    require(
+      self.depth is None or not self.layers,
+      f"depth={self.depth!r} and layers={self.layers}: give one of them",
+    )
+    require(
+      self.split_noise is None or self.split_noise >= 0,
+      f"split_noise={self.split_noise}: need >= 0; 0 splits evenly",
     )
 
 

@@ -22,6 +22,8 @@ class Event:
   new_indices: dict[str, list[list[int]]] = dataclasses.field(
     default_factory=dict
   )
+  # Of a Scale-Up: what it kept, and where each axis comes from.
+  growth: dict[str, Any] | None = None
   # Of training: the position in the data where it ended.
   data_state: dict[str, Any] | None = None
 

@@ -129,6 +129,8 @@ class ModelConfig:
   out_bias: bool = False  # of the attention's output
   # RMSNorm of every query and key head before RoPE, as in Qwen3.
   qk_norm: bool = False
+  # Of these; None is norm_epsilon. Growth by zero-padding scales the other.
+  qk_norm_epsilon: float | None = None
   tied_embeddings: bool = False
   init_std: float = 0.02
   moe: MoeConfig | None = None
@@ -169,6 +171,21 @@ class ModelConfig:
       require(
         getattr(self, name) > 0, f"{name}={getattr(self, name)}: need > 0"
       )
+    require(
+      self.qk_norm_epsilon is None or self.qk_norm_epsilon > 0,
+      f"qk_norm_epsilon={self.qk_norm_epsilon}: need > 0, or None",
+    )
+    require(
+      self.qk_norm_epsilon is None or self.qk_norm,
+      f"qk_norm_epsilon={self.qk_norm_epsilon}: expected None without qk_norm",
+    )
+
+  @property
+  def head_norm_epsilon(self) -> float:
+    """Of the norms of queries and keys."""
+    if self.qk_norm_epsilon is None:
+      return self.norm_epsilon
+    return self.qk_norm_epsilon
 
   @property
   def queries_per_kv(self) -> int:

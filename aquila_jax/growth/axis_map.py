@@ -10,7 +10,16 @@ C_k is how many target indices copy k. For y = x W, W [in, out]:
 With one map for each axis name of the whole network, x' = x[g] everywhere, and
 every product is what it was: sum_i x'[i] W'[i, j] = sum_k x[k] W[k, g(j)]. That
 is FPI (bert2BERT, arXiv 2110.07143, section 3.2); every other method changes
-which maps are used, or whose values a map takes.
+which maps are used, whose values a map takes, or what is added to the shares.
+
+A target index may also copy nothing (`EMPTY`): a residual padded with zeros, a
+neuron that is new. Its entries are zero on one side of the axis, so that it
+adds nothing, and drawn on the other, so that it trains.
+
+An RMSNorm divides by the root of a mean, which feels the size of the axis: with
+every source index copied c times, mean(x'^2) = mean(x^2) c D_src / D_tgt. Its
+scale is multiplied by the root of that factor, and its epsilon must be by the
+factor (LEMON, arXiv 2310.07999). Uneven counts have no such factor.
 """
 
 from __future__ import annotations
@@ -21,45 +30,70 @@ import zlib
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from aquila_jax.core import dtypes
 from aquila_jax.core.axes import LeafAxes, Role
 
+EMPTY = -1
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class AxisMap:
   """g: for every target index of one axis, the source index it copies."""
 
-  source: Int[np.ndarray, " target"]
+  source: Int[np.ndarray, " target"]  # EMPTY copies nothing
   source_size: int
+  rule: str = "given"  # in a word
+  # The side on which the entries of an EMPTY index are zero. None: on neither,
+  # and the function changes unless the index is masked.
+  silent: Role | None = None
 
   def __post_init__(self):
-    inside = (self.source >= 0) & (self.source < self.source_size)
+    inside = (self.source >= EMPTY) & (self.source < self.source_size)
     assert inside.all(), "a target index copies what is not there"
+
+  @property
+  def target_size(self) -> int:
+    return len(self.source)
 
   @functools.cached_property
   def counts(self) -> Int[np.ndarray, " source"]:
     """C: how many target indices copy each source index."""
-    return np.bincount(self.source, minlength=self.source_size)
+    return np.bincount(self.source[~self.is_empty], minlength=self.source_size)
 
-  @property
+  @functools.cached_property
   def divisors(self) -> Int[np.ndarray, " target"]:
-    """C_g(i) of every target index i."""
-    return self.counts[self.source]
+    """C_g(i) of every target index i; 1 where it copies nothing."""
+    return np.where(self.is_empty, 1, self.counts[self.source])
 
   @property
-  def uses_all(self) -> bool:
-    """Whether every source index is copied somewhere."""
-    return bool((self.counts > 0).all())
+  def is_empty(self) -> Bool[np.ndarray, " target"]:
+    return self.source == EMPTY
+
+  @property
+  def has_empty(self) -> bool:
+    return bool(self.is_empty.any())
+
+  @property
+  def is_identity(self) -> bool:
+    return self.target_size == self.source_size and bool(
+      (self.source == np.arange(self.source_size)).all()
+    )
+
+  @property
+  def unused(self) -> list[int]:
+    """The source indices that are copied nowhere."""
+    return np.flatnonzero(self.counts == 0).tolist()
 
   @functools.cached_property
   def is_new(self) -> Bool[np.ndarray, " target"]:
     """False for the first copy of every source index, True for the others."""
     new = np.ones(len(self.source), bool)
-    new[np.unique(self.source, return_index=True)[1]] = False
+    places = np.flatnonzero(~self.is_empty)
+    firsts = np.unique(self.source[places], return_index=True)[1]
+    new[places[firsts]] = False
     return new
 
   @property
@@ -68,13 +102,46 @@ class AxisMap:
     edges = np.flatnonzero(np.diff([0, *self.is_new.astype(int), 0]))
     return edges.reshape(-1, 2).tolist()
 
+  @property
+  def mean_square_factor(self) -> float | None:
+    """mean(x'^2) / mean(x^2), the same for every x; None where it is not."""
+    first = int(self.counts[0])
+    if (self.counts != first).any():
+      return None
+    return first * self.source_size / self.target_size
+
+  def in_words(self) -> str:
+    """Sizes and counts, for people: `8 -> 20 (circular): 4 x3, 4 x2`."""
+    words = f"{self.source_size} -> {self.target_size} ({self.rule})"
+    values, times = np.unique(self.counts, return_counts=True)
+    parts = [
+      f"{n} copied {_times(c)}"
+      for c, n in zip(values.tolist(), times.tolist(), strict=True)
+    ][::-1]
+    if self.has_empty:
+      side = {
+        Role.WRITES: ", written by zeros",
+        Role.READS: ", read by zeros",
+        None: "",
+      }[self.silent]
+      parts.append(f"{int(self.is_empty.sum())} new{side}")
+    return f"{words}: {', '.join(parts)}"
+
+
+def _times(count: int) -> str:
+  return {1: "once", 2: "twice"}.get(count, f"{count} times")
+
 
 AxisMaps = Mapping[str, AxisMap]
 
 
 def circular(source_size: int, target_size: int) -> AxisMap:
   """g(i) = i mod source_size; equal counts at an integer factor."""
-  return AxisMap(np.arange(target_size) % source_size, source_size)
+  return AxisMap(
+    source=np.arange(target_size) % source_size,
+    source_size=source_size,
+    rule="circular",
+  )
 
 
 def random(
@@ -93,31 +160,56 @@ def random(
   """
   generator = np.random.default_rng((seed, zlib.crc32(name.encode())))
   drawn = generator.integers(0, source_size, target_size - source_size)
-  return AxisMap(np.concatenate([np.arange(source_size), drawn]), source_size)
+  return AxisMap(
+    source=np.concatenate([np.arange(source_size), drawn]),
+    source_size=source_size,
+    rule="random",
+  )
+
+
+def padded(
+  source_size: int, target_size: int, *, silent: Role | None
+) -> AxisMap:
+  """The source first, then indices that copy nothing."""
+  source = np.arange(target_size)
+  return AxisMap(
+    source=np.where(source < source_size, source, EMPTY),
+    source_size=source_size,
+    rule="padded",
+    silent=silent,
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Powers:
-  """The power of the counts that a tree is divided by, along axes of a role."""
+  """How a tree shaped as the parameters goes along with them.
+
+  The powers of the counts that it is divided by, along axes of a role, and of
+  the factor that norm scales are multiplied by.
+  """
 
   reads: int
   writes: int
+  norm: int
+  # Whether new entries and noise are drawn; what follows gradients has zeros.
+  draws: bool
 
   def of(self, role: Role) -> int:
     return {Role.READS: self.reads, Role.WRITES: self.writes}.get(role, 0)
 
 
 # Adam's moments have powers of their own: optimizer_state.py.
-PARAMETERS = Powers(reads=1, writes=0)
+PARAMETERS = Powers(reads=1, writes=0, norm=1, draws=True)
 
 
 def map_axes(
-  leaf: Float[Array, "*source"],
+  leaf: Float[np.ndarray, "*source"],
   axes: LeafAxes,
   maps: AxisMaps,
   *,
   powers: Powers = PARAMETERS,
-) -> Float[Array, "*target"]:
+  dtype: np.dtype | None = None,
+) -> Float[np.ndarray, "*target"]:
   """Copies a leaf along every axis that has a map, and divides by the counts.
 
   Args:
@@ -125,23 +217,57 @@ def map_axes(
     axes: its declared axes.
     maps: by axis name; an axis without one stays.
     powers: of the counts; by default those of a parameter.
+    dtype: of the result; that of `leaf` by default.
 
   Returns:
-    The grown leaf, computed in at least float32, in the dtype of `leaf`.
+    The grown leaf, divided in at least float32; zeros at indices that copy
+    nothing.
   """
-  # At least float32: a division in bfloat16 would round every copy.
-  grown = leaf.astype(dtypes.at_least_float32(leaf.dtype))
-  for dim, axis in enumerate(axes.axes):
-    if axis.name not in maps:
-      continue
-    axis_map = maps[axis.name]
-    assert leaf.shape[dim] == axis_map.source_size, (axis, leaf.shape)
-    grown = jnp.take(grown, jnp.asarray(axis_map.source), axis=dim)
-    power = powers.of(axis.role)
-    if power:
-      divisors = along(dim, axis_map.divisors**power, rank=leaf.ndim)
-      grown = grown / jnp.asarray(divisors, grown.dtype)
-  return grown.astype(leaf.dtype)
+  growing = [
+    (dim, axis.role, maps[axis.name])
+    for dim, axis in enumerate(axes.axes)
+    if axis.name in maps and not maps[axis.name].is_identity
+  ]
+  # Divided before it is copied: there is less of it, and what is copied is
+  # rounded already.
+  wide = np.dtype(dtypes.at_least_float32(leaf.dtype))
+  values, result_dtype = leaf, leaf.dtype if dtype is None else dtype
+  for dim, role, g in growing:
+    assert leaf.shape[dim] == g.source_size, (axes.names[dim], leaf.shape)
+    power = powers.of(role)
+    if power and (g.counts > 1).any():
+      # An index that is copied nowhere is divided by nothing.
+      divisors = np.maximum(g.counts, 1).astype(wide) ** power
+      values = values.astype(wide, copy=False)
+      values = values / along(dim, divisors, rank=leaf.ndim)
+  values = values.astype(result_dtype, copy=False)
+  for dim, _, g in growing:
+    values = _copy(values, g, dim)
+  return values
+
+
+def _copy(values: np.ndarray, g: AxisMap, dim: int) -> np.ndarray:
+  """values[g] along a dimension; zeros where g is EMPTY."""
+  shape = list(values.shape)
+  shape[dim] = g.target_size
+  copied = np.empty(shape, values.dtype)
+  # Whole runs of indices are copied at the speed of memory.
+  breaks = np.flatnonzero(np.diff(g.source) != 1) + 1
+  starts = np.concatenate([[0], breaks])
+  if g.has_empty or len(starts) > max(16, g.target_size // 16):
+    places = np.maximum(g.source, 0)
+    np.take(values, places, axis=dim, out=copied, mode="clip")
+    copied[_at(dim, g.is_empty)] = 0
+    return copied
+  for start, stop in zip(starts, [*breaks, g.target_size], strict=True):
+    first = int(g.source[start])
+    run = slice(first, first + int(stop - start))
+    copied[_at(dim, slice(start, stop))] = values[_at(dim, run)]
+  return copied
+
+
+def _at(dim: int, index: slice | np.ndarray) -> tuple[slice | np.ndarray, ...]:
+  return (*[slice(None)] * dim, index)
 
 
 def along(dim: int, vector: np.ndarray, *, rank: int) -> np.ndarray:

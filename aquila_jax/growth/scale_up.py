@@ -1,170 +1,65 @@
 """Scale-Up: a model of more width and depth from a smaller one.
 
-  fpi      every index map copies the layer's own values. Keeps the function at
-           an integer factor of the residual width with the circular map, any
-           factor of the FFN, any query heads inside their groups, whole
-           key/value groups, and equal depth. Otherwise near it.
-  aki      the new outputs of a layer are those of the next layer of the source
-           (bert2BERT, arXiv 2110.07143, section 3.3). Keeps nothing, by design:
-           the copies differ, so training can tell them apart from the start.
-  aki_pro  aki with depth by interpolation, key/value groups kept and query
-           heads grown inside them (AquilaMoE, arXiv 2408.06567, section 2.2).
-  random   the target's initialisation; nothing of the source but its tokenizer.
-
-Width comes before depth: "next layer" is the next layer of the source, and the
-copies of an interpolated layer are equal.
+A method (methods.py) chooses a `Growth` from the sizes of source and target;
+here the pair is checked, and the growth is applied to parameters, average and
+moments, in memory. streaming.py does the same from disk to disk.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float
 
 from aquila_jax.core import config as config_lib
-from aquila_jax.core import errors
-from aquila_jax.core.axes import LeafAxes, Role
+from aquila_jax.core import dtypes, errors
 from aquila_jax.core.experiment_config import ScaleUp
 from aquila_jax.core.lineage import Event
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.model_dir import StoredModel
 from aquila_jax.core.moments import AdamMoments
-from aquila_jax.core.types import Params
-from aquila_jax.growth import axis_map, depth
-from aquila_jax.growth.axis_map import PARAMETERS, AxisMap, AxisMaps, Powers
-from aquila_jax.growth.optimizer_state import grow_moments
+from aquila_jax.growth import axis_map, methods
+from aquila_jax.growth.axis_map import PARAMETERS
+from aquila_jax.growth.exactness import Check, Exactness, predict
+from aquila_jax.growth.grown_tree import (
+  ArrayTree,
+  GrownTree,
+  LeafSpec,
+  leaf_specs,
+  materialise,
+)
+from aquila_jax.growth.growth import Growth
+from aquila_jax.growth.optimizer_state import FIRST_MOMENT, SECOND_MOMENT
 from aquila_jax.models import decoder_lm
 
-# The axes that Scale-Up may grow, and the config field that sets each.
-_GROWN = {
-  "layer": "num_layers",
-  "embed": "embed_dim",
-  "mlp": "mlp_dim",
-  "kv_head": "num_kv_heads",
-  "q_per_kv": "num_heads",
-}
 # What the target must share with the source, and why.
 _KEPT = {
-  "vocab_size": "the tokenizer stays",
   "head_dim": "RoPE turns each pair of a head at a rate of its own, so heads"
   " grow in number, not in width",
-  "rope_theta": "another base turns every head",
-  "rope_scaling": "another scaling turns every head",
   "sliding_window": "another window sees other keys",
-  "norm_epsilon": "another epsilon changes every norm",
   "qkv_bias": "growth adds no leaves",
   "out_bias": "growth adds no leaves",
   "qk_norm": "growth adds no leaves",
   "tied_embeddings": "growth adds no leaves",
   "moe": "Scale-Out makes experts",
 }
+_EXTENDED = {
+  "rope_theta": "another base turns every head",
+  "rope_scaling": "another scaling turns every head",
+}
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Growth:
-  """A method: one map an axis, and whose values the new indices take."""
-
-  width: AxisMaps  # of every axis but `layer`
-  layers: AxisMap
-  # Written axes whose new indices take the values of the next layer of the
-  # source; none is FPI.
-  from_next_layer: frozenset[str] = frozenset()
-
-  def __post_init__(self):
-    for name, axis in {**self.width, "layer": self.layers}.items():
-      assert axis.uses_all, f"a source index of {name} is left unused"
-
-  def layer(
-    self, axes: LeafAxes, *, powers: Powers = PARAMETERS
-  ) -> Callable[..., Float[Array, "*target"]]:
-    """`leaf` a layer at a time.
-
-    Args:
-      axes: of the whole leaf, of which `layer` is the first.
-      powers: as for `leaf`.
-
-    Returns:
-      A compiled function of two layers of the source's leaf, those that
-      `source_layers` names, to a layer of the grown leaf.
-    """
-    rest = LeafAxes(axes.axes[1:])
-    new = self._new_outputs(axes)
-
-    @jax.jit
-    def grow(own, above):
-      # Compiled, as `leaf` is in a growth: a division by constants is then a
-      # product with their reciprocals, which rounds otherwise.
-      grown = axis_map.map_axes(own, rest, self.width, powers=powers)
-      if new is None:
-        return grown
-      above = axis_map.map_axes(above, rest, self.width, powers=powers)
-      return jnp.where(new[0], above, grown)
-
-    return grow
-
-  def source_layers(self, layer: int) -> tuple[int, int]:
-    """The layer that a target layer copies, and the one above that."""
-    own = int(self.layers.source[layer])
-    return own, int(_next_layer(self.layers.source_size).source[own])
-
-  def leaf(
-    self,
-    leaf: Float[Array, "*source"],
-    axes: LeafAxes,
-    *,
-    powers: Powers = PARAMETERS,
-  ) -> Float[Array, "*target"]:
-    """Grows one leaf: width from one layer or two, then depth."""
-    grown = axis_map.map_axes(leaf, axes, self.width, powers=powers)
-    new = self._new_outputs(axes)
-    if new is not None:
-      maps = {**self.width, "layer": _next_layer(self.layers.source_size)}
-      above = axis_map.map_axes(leaf, axes, maps, powers=powers)
-      grown = jnp.where(new, above, grown)
-    return axis_map.map_axes(grown, axes, {"layer": self.layers})
-
-  def tree(
-    self, tree: Params, axes: Any, *, powers: Powers = PARAMETERS
-  ) -> Params:
-    """Grows every leaf of a tree that is shaped as the parameters."""
-    return jax.tree.map(
-      lambda leaf, leaf_axes: self.leaf(leaf, leaf_axes, powers=powers),
-      tree,
-      axes,
-    )
-
-  @property
-  def new_indices(self) -> dict[str, list[list[int]]]:
-    """For each axis that grew, the half-open ranges that are new."""
-    maps = {**self.width, "layer": self.layers}
-    grown = {name: m.new_ranges for name, m in maps.items()}
-    return {name: ranges for name, ranges in grown.items() if ranges}
-
-  def _new_outputs(self, axes: LeafAxes) -> Bool[np.ndarray, "..."] | None:
-    """Which elements are the next layer's, broadcastable to the grown leaf.
-
-    None where there are none, as for what lies outside the layers.
-    """
-    if not axes.has("layer"):
-      return None
-    rank = len(axes.axes)
-    new = np.zeros((1,) * rank, bool)
-    for dim, axis in enumerate(axes.axes):
-      if axis.role == Role.WRITES and axis.name in self.from_next_layer:
-        new = new | axis_map.along(dim, self.width[axis.name].is_new, rank=rank)
-    return new if new.any() else None
-
-
-def _next_layer(num_layers: int) -> AxisMap:
-  """Layer l takes l + 1. The last has none above it and stays: FPI."""
-  above = np.minimum(np.arange(num_layers) + 1, num_layers - 1)
-  return AxisMap(above, num_layers)
+# The trees that go along with the parameters: their names, and how.
+POWERS = {
+  "params": PARAMETERS,
+  "ema": PARAMETERS,
+  "mu": FIRST_MOMENT,
+  "nu": SECOND_MOMENT,
+}
 
 
 def make_growth(
@@ -180,7 +75,7 @@ def make_growth(
   Args:
     source: what is there.
     target: what is wanted: no smaller in any direction.
-    options: the method, fpi, aki or aki_pro, and its options.
+    options: the method, any but random, and its options.
     seed: of random width maps.
     path: the dotted name of `target`, for messages.
 
@@ -188,56 +83,21 @@ def make_growth(
     The growth.
 
   Raises:
-    errors.UserError: where no such growth exists; it names the field.
+    errors.UserError: where no such growth exists; it names the field, or of
+      maps the leaf that they do not fill.
   """
   check_pair(source, target, options, path=path)
-  old, new = _sizes(source), _sizes(target)
-
-  def width_map(name: str) -> AxisMap:
-    if options.width_map == "random":
-      return axis_map.random(old[name], new[name], name=name, seed=seed)
-    return axis_map.circular(old[name], new[name])
-
-  width = {name: width_map(name) for name in _GROWN if name != "layer"}
-  from_next_layer = frozenset(width)
-  if options.method == "fpi":
-    from_next_layer = frozenset()
-  elif options.aki_residual == "own_layer":
-    from_next_layer -= {"embed"}
-  return Growth(
-    width=width,
-    layers=depth.depth_map(options.depth, old["layer"], new["layer"]),
-    from_next_layer=from_next_layer,
+  pair = methods.Pair(
+    old=_sizes(source),
+    new=_sizes(target),
+    options=options,
+    seed=seed,
+    path=path,
   )
-
-
-def new_indices(
-  source: ModelConfig,
-  target: ModelConfig,
-  options: ScaleUp,
-  *,
-  path: str = "config.model",
-) -> dict[str, list[list[int]]]:
-  """For each axis, the half-open ranges that a growth adds.
-
-  Args:
-    source: what is there.
-    target: what is wanted.
-    options: the method and its options.
-    path: the dotted name of `target`, for messages.
-
-  Returns:
-    Ranges by axis name; of method='random', which keeps nothing, everything.
-
-  Raises:
-    errors.UserError: as `scale_up`.
-  """
-  if options.method != "random":
-    return make_growth(source, target, options, path=path).new_indices
-  check_pair(source, target, options, path=path)
-  # Every leaf has one of these two.
-  everything = {"embed": target.embed_dim, "head_dim": target.head_dim}
-  return {axis: [[0, size]] for axis, size in everything.items()}
+  growth = methods.find(options.method)(pair)
+  _check_maps(growth, source, target)
+  _check_epsilon(growth, source, target, path=path)
+  return growth
 
 
 def check_pair(
@@ -253,32 +113,106 @@ def check_pair(
       "optimizer='grow': expected 'reset'; method='random' keeps no parameter"
       " that moments could belong to"
     )
-  for field, reason in _KEPT.items():
+  kept = dict(_KEPT)
+  if options.context == "keep":
+    kept |= {
+      field: f"{reason}; init.context='extend' allows it"
+      for field, reason in _EXTENDED.items()
+    }
+  for field, reason in kept.items():
     given, needed = getattr(target, field), getattr(source, field)
     if given != needed:
       raise errors.UserError(
         f"{path}.{field}={_shown(given)}: expected the source's"
         f" {_shown(needed)}; {reason}"
       )
-  if options.method == "random":
-    return
-  groups = target.num_kv_heads
-  if options.method == "aki_pro" and groups != source.num_kv_heads:
+  old, new = source.vocab_size, target.vocab_size
+  if new != old and (options.vocabulary == "keep" or new < old):
     raise errors.UserError(
-      f"{path}.num_kv_heads={groups}: expected the source's"
-      f" {source.num_kv_heads}; method='aki_pro' keeps the key/value groups and"
-      " grows query heads inside them, method='aki' or 'fpi' can add groups"
+      f"{path}.vocab_size={new}: expected the source's {old}"
+      + (
+        "; the tokenizer stays; init.vocabulary='mean' adds rows"
+        if new > old
+        else " or more; Scale-Up does not shrink"
+      )
     )
+  if options.method != "random":
+    _check_sizes(source, target, path=path)
+
+
+def _check_sizes(
+  source: ModelConfig, target: ModelConfig, *, path: str
+) -> None:
   old, new = _sizes(source), _sizes(target)
-  for axis, field in _GROWN.items():
+  for axis, field in methods.FIELDS.items():
     # As many query heads as before in each of the target's groups.
-    least = old[axis] * (groups if axis == "q_per_kv" else 1)
+    groups = target.num_kv_heads if axis == "q_per_kv" else 1
     if new[axis] < old[axis]:
       raise errors.UserError(
-        f"{path}.{field}={getattr(target, field)}: expected at least {least};"
-        " Scale-Up does not shrink"
+        f"{path}.{field}={getattr(target, field)}: expected at least"
+        f" {old[axis] * groups}; Scale-Up does not shrink"
         + (f" a group of {old[axis]} heads" if axis == "q_per_kv" else "")
       )
+
+
+def _check_maps(
+  growth: Growth, source: ModelConfig, target: ModelConfig
+) -> None:
+  """Refuses maps that do not use all of the source and fill all of the target.
+
+  Raises:
+    errors.UserError: naming the axis, and a leaf that has it.
+  """
+  old, new = _sizes(source), _sizes(target)
+  leaves = model_leaves(target)
+  lost = set(model_leaves(source)).symmetric_difference(leaves)
+  assert not lost, f"leaves of one of the two only: {sorted(lost)}"
+  for axis in methods.FIELDS:
+    g = growth.maps.get(axis)
+    leaf = next(n for n, spec in leaves.items() if spec.axes.has(axis))
+    if g is None:
+      if old[axis] == new[axis]:
+        continue
+      raise errors.UserError(
+        f"the method has no map of {axis}, which leaf {leaf!r} has: it grows"
+        f" from {old[axis]} to {new[axis]}"
+      )
+    if (g.source_size, g.target_size) != (old[axis], new[axis]):
+      raise errors.UserError(
+        f"the map of {axis} goes from {g.source_size} to {g.target_size}, leaf"
+        f" {leaf!r} from {old[axis]} to {new[axis]}"
+      )
+    if g.unused:
+      raise errors.UserError(
+        f"the map of {axis} copies index {g.unused[0]} nowhere, so a part of"
+        f" leaf {leaf!r} is lost; Scale-Up does not shrink"
+      )
+
+
+def _check_epsilon(
+  growth: Growth, source: ModelConfig, target: ModelConfig, *, path: str
+) -> None:
+  factor = growth.mean_square_factor
+  needed = source.norm_epsilon * (1.0 if factor is None else factor)
+  given = target.norm_epsilon
+  allowed = {source.norm_epsilon, needed}
+  if not any(math.isclose(given, e, rel_tol=1e-6) for e in allowed):
+    raise errors.UserError(
+      f"{path}.norm_epsilon={given:.9g}: expected the source's"
+      f" {source.norm_epsilon:.9g}"
+      + (
+        f", or {needed:.9g}, at which these maps are exact"
+        if len(allowed) > 1
+        else "; another epsilon changes every norm"
+      )
+    )
+  if source.head_norm_epsilon != target.head_norm_epsilon and (
+    target.qk_norm_epsilon is not None
+  ):
+    raise errors.UserError(
+      f"{path}.qk_norm_epsilon={target.qk_norm_epsilon}: expected the source's"
+      f" {source.head_norm_epsilon}; heads do not grow"
+    )
 
 
 def scale_up(
@@ -289,41 +223,71 @@ def scale_up(
   seed: int = 0,
   name: str = "",
   path: str = "config.model",
+  shardings: Any = None,
 ) -> StoredModel:
   """Grows a model, its average and, if asked, its Adam moments.
-
-  What is preserved stands at the top of this module.
 
   Args:
     source: the model to grow; it is not changed.
     target: the architecture to grow into.
     options: method, maps, depth rule, and whether moments are grown or left
       out (`optimizer`).
-    seed: of random width maps, and of the method `random`.
+    seed: of what is drawn: random width maps, noise, new entries, and the
+      whole of the method `random`.
     name: of the stage, for the lineage.
     path: the dotted name of `target`, for messages.
+    shardings: a tree of NamedSharding, shaped as the target's parameters: where
+      these, average and moments are to lie. A slice of a leaf at a time goes
+      there. None leaves it to JAX.
 
   Returns:
     The grown model, in the target's parameter dtype; its lineage has one more
-    event.
+    event, which says what was kept.
 
   Raises:
     errors.UserError: as `make_growth`, or on method='random' with
       optimizer='grow'.
   """
+  header = grown_header(
+    source, target, options, seed=seed, name=name, path=path
+  )
   if options.method == "random":
-    check_pair(source.config, target, options, path=path)
-    initialise = jax.jit(functools.partial(decoder_lm.init_params, target))
-    trees = (initialise(key=jax.random.key(seed)), None, None)
-  else:
-    growth = make_growth(source.config, target, options, seed=seed, path=path)
-    trees = _grow(source, growth, keep_moments=options.optimizer == "grow")
-  params, moments, ema = trees
+    initialise = jax.jit(
+      functools.partial(decoder_lm.init_params, target), out_shardings=shardings
+    )
+    return dataclasses.replace(
+      header, params=initialise(key=jax.random.key(seed))
+    )
+  growth = make_growth(source.config, target, options, seed=seed, path=path)
+  by_leaf = None
+  if shardings is not None:
+    by_leaf = dict(
+      zip(model_leaves(target), jax.tree.leaves(shardings), strict=True)
+    )
+
+  def grown(role: str, tree: Any) -> Any:
+    leaves = model_leaves(target, role=role)
+    source_tree = ArrayTree(tree)
+    return materialise(
+      GrownTree(
+        source_tree, growth, leaves=leaves, powers=POWERS[role], seed=seed
+      ),
+      leaves,
+      shardings=by_leaf,
+    )
+
+  moments = source.moments if options.optimizer == "grow" else None
   return dataclasses.replace(
-    grown_header(source, target, options, seed=seed, name=name, path=path),
-    params=_as_declared(params, target),
-    moments=moments,
-    ema=ema,
+    header,
+    params=grown("params", source.params),
+    moments=None
+    if moments is None
+    else AdamMoments(
+      count=moments.count,
+      mu=grown("mu", moments.mu),
+      nu=grown("nu", moments.nu),
+    ),
+    ema=None if source.ema is None else grown("ema", source.ema),
   )
 
 
@@ -335,17 +299,22 @@ def grown_header(
   seed: int,
   name: str,
   path: str,
+  checked: Check | None = None,
 ) -> StoredModel:
   """What `scale_up` makes of a model but for its arrays: shapes of parameters.
 
-  Args and errors are those of `scale_up`.
+  Args and errors are those of `scale_up`; `checked` is what `checking.check`
+  measured.
   """
+  plan = plan_growth(source.config, target, options, seed=seed, path=path)
   event = Event(
     kind="scale_up",
     name=name,
     parent=options.source,
     options=config_lib.to_dict(options) | {"seed": seed},
-    new_indices=new_indices(source.config, target, options, path=path),
+    new_indices=plan.new_indices,
+    growth=plan.to_json()
+    | ({"check": dataclasses.asdict(checked)} if checked else {}),
   )
   return dataclasses.replace(
     source,
@@ -357,34 +326,107 @@ def grown_header(
   )
 
 
-def _grow(
-  source: StoredModel, growth: Growth, *, keep_moments: bool
-) -> tuple[Params, AdamMoments | None, Params | None]:
-  """Parameters, moments and average, in one program."""
-  axes = decoder_lm.parameter_axes(source.config)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """What a growth will do, in words and numbers, before it does it."""
 
-  @jax.jit
-  def grow(params, moments, ema):
-    if moments is not None:
-      moments = grow_moments(
-        moments, lambda tree, powers: growth.tree(tree, axes, powers=powers)
-      )
-    if ema is not None:
-      ema = growth.tree(ema, axes)
-    return growth.tree(params, axes), moments, ema
+  method: str
+  exactness: Exactness
+  axes: dict[str, str]  # of each that grows: where it comes from
+  new_indices: dict[str, list[list[int]]]
+  parameters: tuple[int, int]  # before and after
 
-  moments = source.moments if keep_moments else None
-  return grow(source.params, moments, source.ema)
+  def to_json(self) -> dict[str, Any]:
+    """For the lineage."""
+    return {
+      "method": self.method,
+      "exact": self.exactness.exact,
+      "reasons": list(self.exactness.reasons),
+      "notes": list(self.exactness.notes),
+      "axes": self.axes,
+      "parameters": list(self.parameters),
+    }
+
+  def lines(self) -> Iterator[str]:
+    """For people."""
+    before, after = self.parameters
+    yield (
+      f"{self.method}: {before:,} -> {after:,} parameters"
+      f" (x{after / before:.2f})"
+    )
+    yield f"predicted {self.exactness.in_words()}"
+    for name, words in self.axes.items():
+      yield f"  {name}: {words}"
 
 
-def _as_declared(params: Params, target: ModelConfig) -> Params:
-  """Casts to the target's dtype; every leaf must have the target's shape."""
+def plan_growth(
+  source: ModelConfig,
+  target: ModelConfig,
+  options: ScaleUp,
+  *,
+  seed: int = 0,
+  path: str = "config.model",
+) -> Plan:
+  """Says what `scale_up` would do.
 
-  def cast(leaf, declared):
-    assert leaf.shape == declared.shape, (leaf.shape, declared.shape)
-    return leaf.astype(declared.dtype)
+  Args and errors are those of `make_growth`; any method will do.
+  """
+  parameters = (_num_parameters(source), _num_parameters(target))
+  if options.method == "random":
+    check_pair(source, target, options, path=path)
+    # Every leaf has one of these two.
+    everything = {"embed": target.embed_dim, "head_dim": target.head_dim}
+    return Plan(
+      method="random",
+      exactness=Exactness(
+        exact=False, reasons=("nothing of the source's parameters is kept",)
+      ),
+      axes={},
+      new_indices={axis: [[0, size]] for axis, size in everything.items()},
+      parameters=parameters,
+    )
+  growth = make_growth(source, target, options, seed=seed, path=path)
+  words = {
+    name: growth.layers.in_words() if name == "layer" else g.in_words()
+    for name, g in growth.maps.items()
+    if not g.is_identity
+  }
+  return Plan(
+    method=options.method,
+    exactness=predict(growth, source, target),
+    axes=words,
+    new_indices=growth.new_indices,
+    parameters=parameters,
+  )
 
-  return jax.tree.map(cast, params, decoder_lm.abstract_params(target))
+
+def model_leaves(
+  config: ModelConfig, *, role: str = "params"
+) -> dict[str, LeafSpec]:
+  """The leaves of a tree of a MODEL; but for the parameters they are wide.
+
+  Args:
+    config: of the model.
+    role: a key of `POWERS`.
+
+  Returns:
+    The leaves by name.
+  """
+  shapes = decoder_lm.abstract_params(config)
+  leaves = leaf_specs(decoder_lm.parameter_axes(config), shapes)
+  if role == "params":
+    return leaves
+  return {
+    name: dataclasses.replace(
+      leaf, dtype=jnp.dtype(dtypes.at_least_float32(leaf.dtype))
+    )
+    for name, leaf in leaves.items()
+  }
+
+
+def _num_parameters(config: ModelConfig) -> int:
+  shapes = jax.tree.leaves(decoder_lm.abstract_params(config))
+  return sum(math.prod(leaf.shape) for leaf in shapes)
 
 
 def _sizes(config: ModelConfig) -> dict[str, int]:

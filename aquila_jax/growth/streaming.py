@@ -1,58 +1,57 @@
-"""Growth from disk to disk, one layer of one leaf at a time.
+"""Growth from disk to disk, one slice of one leaf at a time.
 
 The same maps and divisors as scale_up.py and scale_out.py, and the same bytes
-as they give; a layer of a leaf and its copy are all that is in memory.
+as they give. A slice is one layer (of one expert) of a leaf, or 8,192 rows of a
+vocabulary; a few of these and their copies are all that is in memory.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aquila_jax.core import array_store, dtypes, model_dir
-from aquila_jax.core.axes import LeafAxes, Role
+from aquila_jax.core import array_store, model_dir
+from aquila_jax.core.axes import Role
 from aquila_jax.core.experiment_config import ScaleOut, ScaleUp
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.model_dir import ModelReader, ModelWriter, StoredModel
-from aquila_jax.growth import scale_out, scale_up
-from aquila_jax.growth.axis_map import PARAMETERS
-from aquila_jax.growth.optimizer_state import FIRST_MOMENT, SECOND_MOMENT
-from aquila_jax.growth.scale_up import Growth
+from aquila_jax.growth import grown_tree, scale_out, scale_up
+from aquila_jax.growth.exactness import Check
+from aquila_jax.growth.grown_tree import GrownTree, Index, LeafSpec
 from aquila_jax.models import decoder_lm
 
 Progress = Callable[[str], None]
-Index = tuple[int, ...]
+
+# Slices that are written while the next one is grown.
+_AT_ONCE = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Leaf:
   """A leaf of one of the trees of a MODEL, on its way."""
 
-  source: array_store.TreeReader
-  name: str  # in its tree
-  axes: LeafAxes
-  shape: tuple[int, ...]  # of the target
-  dtype: jnp.dtype  # of the target
-  role: str  # "params", "ema", "mu" or "nu"
-
-  def read(self, index: Index = ()) -> np.ndarray:
-    return self.source.read(self.name, index=index)
+  role: str  # of the tree: "params", "ema", "mu" or "nu"
+  name: str  # in the parameters
+  spec: LeafSpec  # of the target
 
   @property
-  def num_layers(self) -> int | None:
-    """Of the target, where the leaf is stacked over layers."""
-    return self.shape[0] if self.axes.has("layer") else None
+  def prefix(self) -> str:
+    """Before its name on disk: both moments lie in one tree."""
+    return _PREFIX.get(self.role, "")
 
 
-# Yields leaf[index] of the target; together they fill the leaf.
-Slices = Callable[[_Leaf], Iterator[tuple[Index, Any]]]
+_PREFIX = {"mu": "mu.", "nu": "nu."}
+
+# Yields (index, value) of the target; together they fill the leaf.
+Slices = Callable[[_Leaf], Iterator[tuple[Index, Callable[[], np.ndarray]]]]
 
 
 def stream_scale_up(
@@ -64,6 +63,7 @@ def stream_scale_up(
   seed: int = 0,
   name: str = "",
   path: str = "config.model",
+  checked: Check | None = None,
   progress: Progress,
 ) -> StoredModel:
   """`scale_up` of a MODEL directory into another.
@@ -73,9 +73,10 @@ def stream_scale_up(
     output: the directory to write; it must not exist.
     target: the architecture to grow into.
     options: as for `scale_up`; any method but random, which reads nothing.
-    seed: of random width maps.
+    seed: of what is drawn.
     name: of the stage, for the lineage.
     path: the dotted name of `target`, for messages.
+    checked: what `checking.check` measured, for the lineage.
     progress: told how far it is.
 
   Returns:
@@ -85,19 +86,62 @@ def stream_scale_up(
     errors.UserError: as `scale_up`, or where the source is damaged.
   """
   assert options.method != "random"
-  config = source.model.config
-  growth = scale_up.make_growth(config, target, options, seed=seed, path=path)
   stored = scale_up.grown_header(
-    source.model, target, options, seed=seed, name=name, path=path
+    source.model,
+    target,
+    options,
+    seed=seed,
+    name=name,
+    path=path,
+    checked=checked,
   )
+  trees = grown_trees(source, target, options, seed=seed, path=path)
+
+  def slices(leaf: _Leaf):
+    tree = trees[leaf.role]
+    for index in grown_tree.slices(leaf.spec):
+      yield index, functools.partial(tree.read, leaf.name, index=index)
+
   return _stream(
     source,
     output,
     stored,
-    slices=functools.partial(_grown_slices, growth=growth),
+    slices=slices,
     keep_moments=options.optimizer == "grow",
     progress=progress,
   )
+
+
+def grown_trees(
+  source: ModelReader,
+  target: ModelConfig,
+  options: ScaleUp,
+  *,
+  seed: int = 0,
+  path: str = "config.model",
+) -> Mapping[str, GrownTree]:
+  """The trees of a MODEL directory, grown as they are read.
+
+  Args and errors are those of `stream_scale_up`.
+
+  Returns:
+    By role: "params", and "ema", "mu" and "nu" where the MODEL has them.
+  """
+  growth = scale_up.make_growth(
+    source.model.config, target, options, seed=seed, path=path
+  )
+  return {
+    role: GrownTree(
+      reader,
+      growth,
+      leaves=scale_up.model_leaves(target, role=role),
+      powers=scale_up.POWERS[role],
+      seed=seed,
+      prefix=_PREFIX.get(role, ""),
+    )
+    for role, reader in _readers(source).items()
+    if reader is not None
+  }
 
 
 def stream_scale_out(
@@ -136,63 +180,55 @@ def stream_scale_out(
     source,
     output,
     stored,
-    slices=functools.partial(_expert_slices, target=target, seed=seed),
+    slices=functools.partial(
+      _expert_slices, source=source, target=target, seed=seed
+    ),
     keep_moments=options.optimizer == "grow",
     progress=progress,
   )
 
 
-_POWERS = {
-  "params": PARAMETERS,
-  "ema": PARAMETERS,
-  "mu": FIRST_MOMENT,
-  "nu": SECOND_MOMENT,
-}
-
-
-def _grown_slices(
-  leaf: _Leaf, *, growth: Growth
-) -> Iterator[tuple[Index, Any]]:
-  powers = _POWERS[leaf.role]
-  if leaf.num_layers is None:
-    whole = jax.jit(
-      functools.partial(growth.leaf, axes=leaf.axes, powers=powers)
-    )
-    yield (), whole(leaf.read())
-    return
-  grow = growth.layer(leaf.axes, powers=powers)
-  for layer in range(leaf.num_layers):
-    own, above = growth.source_layers(layer)
-    value = leaf.read((own,))
-    same = above == own or not growth.from_next_layer
-    yield (layer,), grow(value, value if same else leaf.read((above,)))
+def _readers(source: ModelReader) -> dict[str, array_store.TreeReader | None]:
+  return {
+    "params": source.params,
+    "ema": source.ema,
+    "mu": source.optimizer,
+    "nu": source.optimizer,
+  }
 
 
 def _expert_slices(
-  leaf: _Leaf, *, target: ModelConfig, seed: int
-) -> Iterator[tuple[Index, Any]]:
-  moe = target.moe
+  leaf: _Leaf, *, source: ModelReader, target: ModelConfig, seed: int
+) -> Iterator[tuple[Index, Callable[[], np.ndarray]]]:
+  moe, axes = target.moe, leaf.spec.axes
   assert moe is not None
-  if leaf.axes.has("expert", Role.WRITES):
+  if axes.has("expert", Role.WRITES):
     if leaf.role in ("mu", "nu"):
-      yield (), np.zeros(leaf.shape, leaf.dtype)
+      yield (), lambda: np.zeros(leaf.spec.shape, leaf.spec.dtype)
       return
     # In the dtype of the parameters, also for the average of them.
-    shape = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(target.param_dtype))
+    shape = jax.ShapeDtypeStruct(leaf.spec.shape, jnp.dtype(target.param_dtype))
     draw = jax.jit(scale_out.router_init(moe, seed=seed), static_argnums=0)
-    yield (), draw(shape)
+    yield (), lambda: np.asarray(draw(shape))
     return
+  reader = _readers(source)[leaf.role]
+  assert reader is not None
   divisor = scale_out.moment_divisors(moe).get(leaf.role, 1)
-  layers = [()] if leaf.num_layers is None else np.ndindex(leaf.num_layers)
-  for index in layers:
-    value = leaf.read(index)
-    if not leaf.axes.has("expert"):
-      yield index, value
-      continue
-    assert leaf.axes.names[len(index)] == "expert", leaf.axes
-    value = value / np.asarray(divisor, value.dtype)
-    for expert in range(moe.num_experts):
-      yield (*index, expert), value
+  dim = axes.index("expert")
+  previous, value = None, np.zeros(())
+  for index in grown_tree.slices(leaf.spec):
+    # The experts of a layer follow each other, and are the same.
+    wanted = tuple(i for d, i in enumerate(index) if d != dim)
+    if wanted != previous:
+      value = reader.read(leaf.prefix + leaf.name, index=wanted)
+      if dim is not None:
+        value = value / np.asarray(divisor, value.dtype)
+      previous = wanted
+    yield index, functools.partial(_itself, value)
+
+
+def _itself(value: np.ndarray) -> np.ndarray:
+  return value
 
 
 def _stream(
@@ -205,19 +241,30 @@ def _stream(
   progress: Progress,
 ) -> StoredModel:
   optimizer = source.optimizer if keep_moments else None
-  with model_dir.writing(
-    output,
-    stored,
-    axes=decoder_lm.parameter_axes(stored.config),
-    with_optimizer=optimizer is not None,
-    with_ema=source.ema is not None,
-  ) as writer:
-    leaves = list(_leaves(source, writer, stored.config))
+  with (
+    model_dir.writing(
+      output,
+      stored,
+      axes=decoder_lm.parameter_axes(stored.config),
+      with_optimizer=optimizer is not None,
+      with_ema=source.ema is not None,
+    ) as writer,
+    ThreadPoolExecutor(_AT_ONCE) as pool,
+  ):
+    pending: collections.deque[Future[None]] = collections.deque()
+    leaves = list(_leaves(writer, stored.config))
     for number, (leaf, tree) in enumerate(leaves, 1):
-      for index, value in slices(leaf):
-        part = np.asarray(value).astype(leaf.dtype, copy=False)
-        tree.write(leaf.name, part, index=index)
+      for index, make in slices(leaf):
+        part = make().astype(leaf.spec.dtype, copy=False)
+        while len(pending) >= _AT_ONCE:
+          pending.popleft().result()
+        write = functools.partial(
+          tree.write, leaf.prefix + leaf.name, part, index=index
+        )
+        pending.append(pool.submit(write))
       progress(f"{number} of {len(leaves)} leaves: {leaf.role} {leaf.name}")
+    for future in pending:
+      future.result()
     if writer.optimizer is not None:
       assert optimizer is not None
       writer.optimizer.write("count", optimizer.read("count"))
@@ -225,30 +272,14 @@ def _stream(
 
 
 def _leaves(
-  source: ModelReader, writer: ModelWriter, target: ModelConfig
+  writer: ModelWriter, target: ModelConfig
 ) -> Iterator[tuple[_Leaf, array_store.TreeWriter]]:
   """Every leaf of the target that is grown, and where it is written."""
-  shapes = jax.tree_util.tree_flatten_with_path(
-    decoder_lm.abstract_params(target)
-  )[0]
-  axes = jax.tree.leaves(decoder_lm.parameter_axes(target))
-  trees = [("params", source.params, writer.params)]
-  if source.ema is not None and writer.ema is not None:
-    trees.append(("ema", source.ema, writer.ema))
-  if source.optimizer is not None and writer.optimizer is not None:
-    trees += [(m, source.optimizer, writer.optimizer) for m in ("mu", "nu")]
-  for role, reader, tree in trees:
-    for (path, shape), leaf_axes in zip(shapes, axes, strict=True):
-      name = ".".join(entry.key for entry in path)
-      wide = dtypes.at_least_float32(shape.dtype)
-      yield (
-        _Leaf(
-          source=reader,
-          name=f"{role}.{name}" if role in ("mu", "nu") else name,
-          axes=leaf_axes,
-          shape=shape.shape,
-          dtype=jnp.dtype(shape.dtype) if role == "params" else wide,
-          role=role,
-        ),
-        tree,
-      )
+  trees = {"params": writer.params}
+  if writer.ema is not None:
+    trees["ema"] = writer.ema
+  if writer.optimizer is not None:
+    trees |= {moment: writer.optimizer for moment in ("mu", "nu")}
+  for role, tree in trees.items():
+    for name, spec in scale_up.model_leaves(target, role=role).items():
+      yield _Leaf(role=role, name=name, spec=spec), tree

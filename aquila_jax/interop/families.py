@@ -302,6 +302,11 @@ def idle_tensors(family: Family, config: ModelConfig) -> dict[str, IdleTensor]:
 
 def _choose(config: ModelConfig) -> Family:
   moe = config.moe
+  if config.qk_norm and config.head_norm_epsilon != config.norm_epsilon:
+    raise errors.UserError(
+      f"model.qk_norm_epsilon={config.qk_norm_epsilon}: the stock classes have"
+      f" one epsilon for all norms; expected norm_epsilon={config.norm_epsilon}"
+    )
   if moe is None:
     if config.qk_norm:
       return FAMILIES["qwen3"]

@@ -26,11 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from aquila_jax.core import axes
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.types import Params
 from aquila_jax.layers.embedding import Embedding, LMHead
-from aquila_jax.layers.norm import RMSNorm
+from aquila_jax.models import decoder_lm
 from aquila_jax.models.decoder_lm import Block, DecoderLM
 
 Part = Literal[
@@ -135,7 +134,9 @@ def trace_parts(
     outputs = jax.device_get(_captured_block(config, layer, x))
     found |= {Place(part, i): out[0] for part, out in outputs.items()}
     before = Place("residual", i)
-  normed = _final_norm(config, params, jnp.asarray(given[before], dtype)[None])
+  normed: Any = decoder_lm.final_norm(config).apply(
+    {"params": params["final_norm"]}, jnp.asarray(given[before], dtype)[None]
+  )
   found[Place("final norm")] = np.asarray(normed)[0]
   x = jnp.asarray(given[Place("final norm")], dtype)[None]
   found[Place("logits")] = np.asarray(_head(config, params, x))[0]
@@ -293,17 +294,6 @@ def _captured_block(
     "feed-forward": _feed_forward(captured),
     "residual": out[0],
   }
-
-
-def _final_norm(
-  config: ModelConfig, params: Params, x: Float[Array, "B T D"]
-) -> Float[Array, "B T D"]:
-  norm: Any = RMSNorm(
-    epsilon=config.norm_epsilon,
-    scale_axis=axes.writes("embed"),
-    param_dtype=jnp.dtype(config.param_dtype),
-  )
-  return norm.apply({"params": params["final_norm"]}, x)
 
 
 def _head(

@@ -164,7 +164,7 @@ class Attention(nn.Module):
     self, name: str, heads: Float[Array, "B T *heads H"]
   ) -> Float[Array, "B T *heads H"]:
     return RMSNorm(
-      epsilon=self.config.norm_epsilon,
+      epsilon=self.config.head_norm_epsilon,
       scale_axis=axes.writes("head_dim"),
       param_dtype=jnp.dtype(self.config.param_dtype),
       name=f"{name}_norm",

@@ -32,7 +32,7 @@ class RMSNorm(nn.Module):
   def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
     scale = self.param(
       "scale",
-      axes.declare(nn.initializers.ones, [self.scale_axis]),
+      axes.declare(nn.initializers.ones, [self.scale_axis], is_norm_scale=True),
       (x.shape[-1],),
       self.param_dtype,
     )

@@ -57,6 +57,11 @@ def _norm(config: ModelConfig, name: str, *, reads: bool = False) -> RMSNorm:
   )
 
 
+def final_norm(config: ModelConfig) -> RMSNorm:
+  """In front of the LM head; of a tied one it reads what the head reads."""
+  return _norm(config, "final_norm", reads=config.tied_embeddings)
+
+
 class Block(nn.Module):
   """One layer: pre-norm attention and pre-norm feed-forward."""
 
@@ -137,9 +142,11 @@ class DecoderLM(nn.Module):
     x, routing, cache = layers(x, cache, positions=positions, segments=segments)
     if last_only:
       x = x[:, -1:]
-    tied = config.tied_embeddings
-    x = _norm(config, "final_norm", reads=tied)(x)
-    logits = embedding.attend(x) if tied else LMHead(config, name="lm_head")(x)
+    x = final_norm(config)(x)
+    if config.tied_embeddings:
+      logits = embedding.attend(x)
+    else:
+      logits = LMHead(config, name="lm_head")(x)
     return DecoderOutput(logits=logits, routing=routing, cache=cache)
 
   def _scan(

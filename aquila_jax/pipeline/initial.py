@@ -10,7 +10,6 @@ import jax
 
 from aquila_jax.core import errors
 from aquila_jax.core.experiment_config import (
-  GrowthMethod,
   Load,
   ScaleOut,
   ScaleUp,
@@ -69,7 +68,7 @@ class Start:
     """Frees the source; the next look at it reads it again."""
     self.__dict__.pop("source", None)
 
-  def model(self, method: GrowthMethod | None = None) -> StoredModel:
+  def model(self, method: str | None = None) -> StoredModel:
     """The stage's model before its training.
 
     Args:
@@ -142,12 +141,11 @@ def check_tokenizer(context: Context, path: str, *, what: str) -> None:
     )
 
 
-def with_method(init: ScaleUp, method: GrowthMethod) -> ScaleUp:
+def with_method(init: ScaleUp, method: str) -> ScaleUp:
   """The same growth by another method, to look at its loss."""
-  depth = "interpolate" if method == "aki_pro" else init.depth
-  return dataclasses.replace(
-    init, method=method, depth=depth, optimizer="reset"
-  )
+  if method == "aki_pro":  # whose depth is its own
+    init = dataclasses.replace(init, depth=None, layers=())
+  return dataclasses.replace(init, method=method, optimizer="reset")
 
 
 def check_same_architecture(

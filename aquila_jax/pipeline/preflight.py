@@ -137,8 +137,10 @@ def _check_start(experiment: ExperimentConfig, name: str) -> NewIndices | None:
     for method in init.compare:
       if method != init.method:
         options = initial.with_method(init, method)
-        scale_up.check_pair(config, stage.model, options, path=path)
-    return scale_up.new_indices(config, stage.model, init, path=path)
+        scale_up.plan_growth(config, stage.model, options, path=path)
+    return scale_up.plan_growth(
+      config, stage.model, init, path=path
+    ).new_indices
   initial.check_same_architecture(config, stage.model, path=path)
   return lineage.new_indices
 
@@ -152,6 +154,8 @@ def _inherited(
     before = budget.source_of(stage)
     parent = experiment.stages.get(before)
     if isinstance(stage.init, ScaleUp) and parent is not None:
-      return scale_up.new_indices(parent.model, stage.model, stage.init)
+      return scale_up.plan_growth(
+        parent.model, stage.model, stage.init
+      ).new_indices
     stage = parent
   return lineage.new_indices

@@ -78,7 +78,7 @@ def test_a_method_to_compare_with_changes_only_the_method(kit, whole):
 def test_aki_pro_to_compare_with_a_stack_interpolates():
   init = ScaleUp(source="dense", method="aki", depth="stack")
   other = with_method(init, "aki_pro")
-  assert (other.method, other.depth) == ("aki_pro", "interpolate")
+  assert (other.method, other.depth) == ("aki_pro", None)
   assert with_method(init, "fpi").depth == "stack"
 
 
