@@ -50,14 +50,14 @@ def take_overrides(argv: Sequence[str]) -> list[str]:
   return rest
 
 
-def define_flag() -> flags.FlagHolder:
+def define_flag(*, required: bool = True) -> flags.FlagHolder:
   """Defines --config, for the commands that take one."""
   return flags.DEFINE_string(
     "config",
     None,
     "An experiment config: a Python file with get_config(). Any field is set by"
     " --config.a.b=value.",
-    required=True,
+    required=required,
   )
 
 

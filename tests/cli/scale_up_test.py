@@ -4,7 +4,7 @@ import dataclasses
 
 from aquila_jax.core.experiment_config import ScaleUp
 from aquila_jax.core.model_config import MoeConfig
-from aquila_jax.growth.scale_up import scale_up
+from aquila_jax.growth.scale_up import plan_growth, scale_up
 from tests.cli import tiny
 from tests.cli.commands import SMOKE, names, succeeded
 
@@ -53,7 +53,10 @@ def test_it_writes_what_the_library_grows(commands, dense, tmp_path):
     ),
   ):
     succeeded(one)
-    assert one.out == f"{output}: {line}\n"
+    assert one.out.splitlines() == [
+      *plan_growth(source.config, target, chosen).lines(),
+      f"{output}: {line}",
+    ]
     expected = scale_up(source, target, chosen, name=name)
     loaded = tiny.load(output)
     assert loaded.config == target
@@ -62,6 +65,54 @@ def test_it_writes_what_the_library_grows(commands, dense, tmp_path):
     tiny.assert_same(loaded.params, expected.params)
     tiny.assert_same(loaded.moments, expected.moments)
   assert names(tmp_path) == ["config", "flags"]
+
+
+def test_a_target_of_flags_is_checked_and_said_before_it_is_written(
+  commands, dense, tmp_path
+):
+  output = tmp_path / "wide"
+  command = (
+    "scale_up",
+    f"--source={dense}",
+    "--target=embed_dim=40,mlp_dim=96,num_layers=3",
+    "--method=lemon",
+    "--check",
+    "--check_tokens=40",
+    "--seed=2",
+  )
+  dry, written = commands.run_all(
+    [(*command, "--dry_run"), (*command, f"--output={output}")]
+  )
+  succeeded(dry)
+  succeeded(written)
+  source, found = tiny.load(dense), tiny.load(output)
+  target = dataclasses.replace(
+    source.config,
+    embed_dim=40,
+    mlp_dim=96,
+    num_layers=3,
+    # At which a residual of 32 is exact when it is padded to 40.
+    norm_epsilon=source.config.norm_epsilon * 0.8,
+  )
+  assert found.config == target
+  options = ScaleUp(
+    source=str(dense), method="lemon", vocabulary="mean", context="extend"
+  )
+  expected = scale_up(source, target, options, seed=2)
+  tiny.assert_same(found.params, expected.params)
+  tiny.assert_same(found.moments, expected.moments)
+  plan = list(plan_growth(source.config, target, options, seed=2).lines())
+  assert dry.out.splitlines()[:-1] == plan
+  assert written.out.splitlines()[:-1] == dry.out.splitlines()
+  growth = found.lineage.events[-1].growth
+  assert growth is not None
+  check = growth["check"]
+  assert check["tokens"] == 40
+  # float32: sums of a hundred terms, of logits of this size.
+  assert check["largest_difference"] < 1e-5 * check["largest_logit"]
+  assert abs(check["loss_after"] - check["loss_before"]) < 1e-5
+  assert dry.out.splitlines()[-1].startswith("measured on 40 tokens: logits")
+  assert names(tmp_path) == ["wide"]
 
 
 def test_mistakes_are_refused(commands, dense, data, tmp_path):
@@ -89,6 +140,25 @@ def test_mistakes_are_refused(commands, dense, data, tmp_path):
         (*command, f"--source={data}"),
         f"--source={str(data)!r} is not a MODEL directory: it has no"
         " config.json",
+      ),
+      "no output": (
+        ("scale_up", SMOKE, f"--source={dense}"),
+        "--output is missing; --dry_run needs none",
+      ),
+      "two targets": (
+        (*grow, "--target=embed_dim=64"),
+        "give --config or --target, and not both",
+      ),
+      "a field of no model": (
+        ("scale_up", f"--source={dense}", "--dry_run")
+        + ("--target=embed_dims=64",),
+        "--target.embed_dims=64 is not a field of --target; did you mean"
+        " 'embed_dim'?",
+      ),
+      "two rules of depth": (
+        (*grow, "--method=aki", "--depth=stack", "--layers=0,1,1"),
+        "config.stages.scale_up.init.depth='stack' and layers=(0, 1, 1): give"
+        " one of them",
       ),
       "an unknown method": (
         (*grow, "--method=akipro"),
