@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from aquila_jax.core import dtypes
 from aquila_jax.core.axes import LeafAxes, Role
+from aquila_jax.core.lineage import copy_runs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,6 +71,11 @@ class AxisMap:
 
 
 AxisMaps = Mapping[str, AxisMap]
+
+
+def copies(maps: AxisMaps) -> dict[str, list[list[int]]]:
+  """The maps by axis name in runs, for lineage.Event.copies."""
+  return {name: copy_runs(m.source, m.divisors) for name, m in maps.items()}
 
 
 def circular(source_size: int, target_size: int) -> AxisMap:

@@ -346,6 +346,11 @@ def grown_header(
     parent=options.source,
     options=config_lib.to_dict(options) | {"seed": seed},
     new_indices=new_indices(source.config, target, options, path=path),
+    copies={}
+    if options.method == "random"
+    else axis_map.copies(
+      make_growth(source.config, target, options, seed=seed, path=path).width
+    ),
   )
   return dataclasses.replace(
     source,
