@@ -25,6 +25,8 @@ DepthRule = Literal[
 ]
 ResidualReading = Literal["next_layer", "own_layer"]
 OptimizerRule = Literal["grow", "reset"]
+GrowthRate = Literal["plain", "function_space"]
+Continuation = Literal["rewarm", "restart", "keep"]
 
 
 # The largest that JAX and NumPy both take.
@@ -121,6 +123,15 @@ class OptimizerConfig:
   learning_rate: float
   schedule: Literal["cosine", "wsd", "constant"] = "cosine"
   warmup_steps: int = 0
+  # The schedule of a stage that starts from weights that were trained, grown or
+  # not: "rewarm" is that of a stage from scratch, "restart" leaves its warm-up
+  # out and starts at the peak, "keep" goes on with one schedule over the steps
+  # that the weights have had and those of the stage.
+  continuation: Continuation = "rewarm"
+  # "function_space" divides what Adam does to copies of a Scale-Up by their
+  # number, so that the grown model learns as its source would have. See
+  # training/optimizers.py for when that is exact.
+  growth_lr: GrowthRate = "plain"
   # The last learning rate as a share of the peak.
   final_ratio: float = 0.1
   # Share of the steps in which "wsd" decays (linearly), at the end.

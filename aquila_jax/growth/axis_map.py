@@ -35,6 +35,7 @@ from jaxtyping import Bool, Float, Int
 
 from aquila_jax.core import dtypes
 from aquila_jax.core.axes import LeafAxes, Role
+from aquila_jax.core.lineage import copy_runs
 
 EMPTY = -1
 
@@ -133,6 +134,11 @@ def _times(count: int) -> str:
 
 
 AxisMaps = Mapping[str, AxisMap]
+
+
+def copies(maps: AxisMaps) -> dict[str, list[list[int]]]:
+  """The maps by axis name in runs, for lineage.Event.copies."""
+  return {name: copy_runs(m.source, m.divisors) for name, m in maps.items()}
 
 
 def circular(source_size: int, target_size: int) -> AxisMap:

@@ -315,6 +315,7 @@ def grown_header(
     new_indices=plan.new_indices,
     growth=plan.to_json()
     | ({"check": dataclasses.asdict(checked)} if checked else {}),
+    copies=plan.copies,
   )
   return dataclasses.replace(
     source,
@@ -334,6 +335,7 @@ class Plan:
   exactness: Exactness
   axes: dict[str, str]  # of each that grows: where it comes from
   new_indices: dict[str, list[list[int]]]
+  copies: dict[str, list[list[int]]]  # the maps, for lineage.Event.copies
   parameters: tuple[int, int]  # before and after
 
   def to_json(self) -> dict[str, Any]:
@@ -382,6 +384,7 @@ def plan_growth(
         exact=False, reasons=("nothing of the source's parameters is kept",)
       ),
       axes={},
+      copies={},
       new_indices={axis: [[0, size]] for axis, size in everything.items()},
       parameters=parameters,
     )
@@ -396,6 +399,7 @@ def plan_growth(
     exactness=predict(growth, source, target),
     axes=words,
     new_indices=growth.new_indices,
+    copies=axis_map.copies(growth.width),
     parameters=parameters,
   )
 

@@ -12,20 +12,19 @@ from aquila_jax.core.experiment_config import (
   ExperimentConfig,
   ScaleOut,
   ScaleUp,
-  StageConfig,
 )
-from aquila_jax.core.lineage import Lineage
-from aquila_jax.core.model_dir import read_header
+from aquila_jax.core.lineage import Event, Lineage
+from aquila_jax.core.model_dir import StoredModel, read_header
 from aquila_jax.generation.generate import encode_prompts
 from aquila_jax.growth import scale_out, scale_up
 from aquila_jax.models import decoder_lm
-from aquila_jax.pipeline import budget, initial
+from aquila_jax.pipeline import budget, initial, records
 from aquila_jax.pipeline.context import Context
 from aquila_jax.sharding.mesh import make_mesh
 from aquila_jax.sharding.rules import param_shardings
 from aquila_jax.training import inputs, step
-from aquila_jax.training.freezing import NewIndices, trainable_masks
-from aquila_jax.training.optimizers import learning_rate
+from aquila_jax.training.freezing import trainable_masks
+from aquila_jax.training.optimizers import learning_rate, make_optimizer
 
 
 def check_config(
@@ -91,9 +90,9 @@ def check_data(context: Context, *, stages: Sequence[str]) -> None:
 def _check_stage(
   experiment: ExperimentConfig, name: str, *, mesh: Mesh
 ) -> None:
-  """Checks one stage: its start, mesh, schedule and what is frozen."""
+  """Checks one stage: its start, mesh, optimizer and what is frozen."""
   stage, path = experiment.stages[name], f"config.stages.{name}"
-  new_indices = _check_start(experiment, name)
+  lineage = _check_start(experiment, name)
   axes = decoder_lm.parameter_axes(stage.model)
   shapes = decoder_lm.abstract_params(stage.model)
   param_shardings(axes, shapes, mesh)
@@ -105,57 +104,65 @@ def _check_stage(
   learning_rate(
     stage.train.optimizer,
     budget.total_steps(experiment, name),
+    trained_steps=lineage.trained_steps,
+    path=f"{path}.train.optimizer",
+  )
+  make_optimizer(
+    stage.train.optimizer,
+    axes,
+    copies=lineage.copies,
     path=f"{path}.train.optimizer",
   )
   trainable_masks(
     stage.train.freeze,
     axes=axes,
     shapes=shapes,
-    new_indices=new_indices,
+    new_indices=lineage.new_indices,
     path=f"{path}.train.freeze",
   )
 
 
-def _check_start(experiment: ExperimentConfig, name: str) -> NewIndices | None:
-  """Checks a stage against its source; what its growth will add."""
+def _check_start(experiment: ExperimentConfig, name: str) -> Lineage:
+  """Checks a stage against its source; the lineage that it will start with."""
   stage = experiment.stages[name]
   source = budget.source_of(stage)
   if not source:
-    return None
+    return Lineage(events=(Event(kind="scratch"),))
   init, path = stage.init, f"config.stages.{name}.model"
-  field = initial.source_field(stage, name)
   if source in experiment.stages:
     # It may not be trained yet.
-    config, lineage = experiment.stages[source].model, Lineage()
+    config = experiment.stages[source].model
+    lineage = _trained(experiment, source)
   else:
-    header = read_header(source, what=field)
+    header = read_header(source, what=initial.source_field(stage, name))
     config, lineage = header.config, header.lineage
   if isinstance(init, ScaleOut):
     scale_out.check_pair(config, stage.model, path=path)
-    return _inherited(experiment, source, lineage)
+    return lineage.then(Event(kind="scale_out"))
   if isinstance(init, ScaleUp):
     for method in init.compare:
       if method != init.method:
         options = initial.with_method(init, method)
         scale_up.plan_growth(config, stage.model, options, path=path)
-    return scale_up.plan_growth(
-      config, stage.model, init, path=path
-    ).new_indices
+    model = StoredModel(
+      config=config,
+      lineage=lineage,
+      params=decoder_lm.abstract_params(config),
+      tokenizer=None,
+    )
+    # Another seed draws other maps; what can be refused is the same.
+    return scale_up.grown_header(
+      model, stage.model, init, seed=0, name=name, path=path
+    ).lineage
   initial.check_same_architecture(config, stage.model, path=path)
-  return lineage.new_indices
+  return lineage
 
 
-def _inherited(
-  experiment: ExperimentConfig, source: str, lineage: Lineage
-) -> NewIndices | None:
-  """What the last Scale-Up among the ancestors added."""
-  stage: StageConfig | None = experiment.stages.get(source)
-  while stage is not None:
-    before = budget.source_of(stage)
-    parent = experiment.stages.get(before)
-    if isinstance(stage.init, ScaleUp) and parent is not None:
-      return scale_up.plan_growth(
-        parent.model, stage.model, stage.init
-      ).new_indices
-    stage = parent
-  return lineage.new_indices
+def _trained(experiment: ExperimentConfig, name: str) -> Lineage:
+  """The lineage of the MODEL that a stage will leave."""
+  event = Event(
+    kind="train",
+    steps=budget.total_steps(experiment, name),
+    options=records.plain(experiment.stages[name].train),
+  )
+  return _check_start(experiment, name).then(event)

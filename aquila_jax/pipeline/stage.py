@@ -205,6 +205,7 @@ def _announcement(
         f" {int(np.asarray(model.moments.count)):,}"
       )
     lines.append(moments)
+    lines += _schedule_in_words(start, model, steps)
   if losses:
     shown = ", ".join(
       f"{METHOD_NAMES.get(method, method)} {formats.loss(loss)}"
@@ -212,6 +213,20 @@ def _announcement(
     )
     lines.append(f"validation loss around the transform: {shown}")
   return lines
+
+
+def _schedule_in_words(
+  start: Start, model: StoredModel, steps: int
+) -> list[str]:
+  """Where the learning rate starts, unless as in a stage from scratch."""
+  optimizer, before = start.stage.train.optimizer, model.lineage.trained_steps
+  if optimizer.continuation == "restart" and before is not None:
+    return ["the learning rate starts at its peak, without warm-up"]
+  if optimizer.continuation == "keep" and before:
+    return [
+      f"the learning rate goes on from step {before:,} of {before + steps:,}"
+    ]
+  return []
 
 
 def _job(
@@ -239,6 +254,8 @@ def _job(
       stage.model, stage.train.sequence_length
     ),
     new_indices=lineage.new_indices,
+    copies=lineage.copies,
+    trained_steps=lineage.trained_steps,
     identity={
       key: opening.config[key] for key in ("init", "seed", "data", "data_seed")
     },

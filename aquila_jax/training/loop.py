@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from aquila_jax.core import errors
 from aquila_jax.core.experiment_config import TrainConfig
+from aquila_jax.core.lineage import Copies
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.types import Batch, Params, TrainState
 from aquila_jax.data.loader import DataState
@@ -57,6 +58,10 @@ class TrainJob:
   flops_per_token: float  # forward and backward
   # What the last growth of the model added, for freeze.new_only.
   new_indices: NewIndices | None = None
+  # The model's past, of its lineage: the copies of its growth, for growth_lr,
+  # and the steps that it was trained, for continuation.
+  copies: Copies | None = None
+  trained_steps: int | None = None
   # What else must be the same when the run is resumed: seeds, digest of the
   # data. Plain JSON.
   identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -198,7 +203,9 @@ def _build(job: TrainJob) -> _Program:
     new_indices=job.new_indices,
     path=f"{path}.freeze",
   )
-  optimizer = make_optimizer(config.optimizer, axes)
+  optimizer = make_optimizer(
+    config.optimizer, axes, copies=job.copies, path=f"{path}.optimizer"
+  )
   state = state_lib.abstract_state(
     shapes,
     optimizer=optimizer,
@@ -211,7 +218,10 @@ def _build(job: TrainJob) -> _Program:
     model=job.model,
     optimizer=optimizer,
     schedule=learning_rate(
-      config.optimizer, job.total_steps, path=f"{path}.optimizer"
+      config.optimizer,
+      job.total_steps,
+      trained_steps=job.trained_steps,
+      path=f"{path}.optimizer",
     ),
     masks=masks,
     num_languages=len(job.input.languages),

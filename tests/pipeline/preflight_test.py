@@ -59,6 +59,21 @@ def _check(kit, tmp_path, changes) -> None:
       " was grown; its lineage has no scale_up",
     ),
     (
+      dict(stages__control__train__optimizer__growth_lr="function_space"),
+      "config.stages.control.train.optimizer.growth_lr='function_space':"
+      " expected a model that was grown by copying; its lineage has no"
+      " scale_up, or the last one has no copies (method='random', or an earlier"
+      " version of this package)",
+    ),
+    (
+      dict(
+        stages__scale_out__train__optimizer__warmup_steps=13,
+        stages__scale_out__train__optimizer__continuation="keep",
+      ),
+      "config.stages.scale_out.train.optimizer.warmup_steps=13: expected at"
+      " most the steps of the stage and the 8 before it, 12",
+    ),
+    (
       dict(evaluation__prompts=("the " * 60,)),
       f"prompt='{'the ' * 9}t...': has 62 tokens; expected fewer than the"
       " model's context_length=32",
@@ -87,8 +102,27 @@ def test_refused_by_name(kit, tmp_path, changes, message):
 
 
 @pytest.mark.parametrize("stage", ["scale_up", "scale_out"])
-def test_new_only_is_accepted_where_an_ancestor_was_grown(kit, tmp_path, stage):
-  changes = {f"stages__{stage}__train__freeze__new_only": True}
+def test_what_needs_growth_is_accepted_where_an_ancestor_was_grown(
+  kit, tmp_path, stage
+):
+  changes = {
+    f"stages__{stage}__train__freeze__new_only": True,
+    f"stages__{stage}__train__optimizer__growth_lr": "function_space",
+  }
+  _check(kit, tmp_path, changes)
+
+
+@pytest.mark.parametrize(
+  ("continuation", "warmup_steps"), [("restart", 99), ("keep", 12)]
+)
+def test_a_warmup_that_is_not_of_the_stage_need_not_fit_into_it(
+  kit, tmp_path, continuation, warmup_steps
+):
+  optimizer = "stages__scale_out__train__optimizer"
+  changes = {
+    f"{optimizer}__continuation": continuation,
+    f"{optimizer}__warmup_steps": warmup_steps,
+  }
   _check(kit, tmp_path, changes)
 
 

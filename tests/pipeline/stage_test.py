@@ -16,6 +16,8 @@ from aquila_jax.models import decoder_lm
 from aquila_jax.pipeline.context import Context
 from aquila_jax.pipeline.initial import Start
 from aquila_jax.pipeline.stage import run_stage
+from aquila_jax.training.metrics import read_rows
+from aquila_jax.training.recorder import Recorder
 from tests.growth.tiny import arrays
 
 
@@ -48,6 +50,97 @@ def test_a_model_is_gone_on_with_where_its_training_ended(kit, whole, tmp_path):
   assert after.lineage.data_state is not None
   assert before.lineage.data_state["rows"] == 4 * 8
   assert after.lineage.data_state["rows"] == 8 * 8
+
+
+def _learning_rates(folder: epath.Path) -> list[float]:
+  return [row["learning_rate"] for row in read_rows(folder / "metrics.jsonl")]
+
+
+def test_restart_starts_a_trained_model_at_the_peak(kit, whole, tmp_path):
+  source = whole.workdir / "stages/dense/model"
+  messages: list[str] = []
+  context = kit.context(
+    tmp_path / "data",
+    messages,
+    stages__dense__train__optimizer__continuation="restart",
+    stages__dense__train__evaluate_every=0,
+  )
+  folder = epath.Path(tmp_path / "run")
+  run_stage(_start(context, "dense", str(source)), folder)
+  # A step of warm-up is in the config; 0.1 + 0.9 (1 + cos(pi s / 4)) / 2.
+  np.testing.assert_allclose(
+    _learning_rates(folder),
+    3e-3 * np.array([0.868198, 0.55, 0.231802, 0.1]),
+    rtol=1e-5,
+  )
+  said = "dense: the learning rate starts at its peak, without warm-up"
+  assert said in messages, messages
+
+
+def test_a_grown_stage_trains_in_function_space_and_goes_on_bit_for_bit(
+  kit, whole, tmp_path, monkeypatch
+):
+  messages: list[str] = []
+  context = kit.context(
+    tmp_path / "data",
+    messages,
+    stages__scale_up__train__optimizer__growth_lr="function_space",
+    stages__scale_up__train__optimizer__continuation="keep",
+    stages__scale_up__init__compare=(),
+    stages__scale_up__train__evaluate_every=0,
+  )
+
+  def start() -> Start:
+    return Start(
+      context=context,
+      name="scale_up",
+      stage=context.experiment.stages["scale_up"],
+      locate=lambda name: str(whole.workdir / "stages" / name / "model"),
+    )
+
+  run_stage(start(), epath.Path(tmp_path / "whole"))
+  broken = epath.Path(tmp_path / "broken")
+  with monkeypatch.context() as patch:
+    patch.setattr(Recorder, "add", _crash_at(3, Recorder.add))
+    with pytest.raises(_Crash):
+      run_stage(start(), broken)
+  run_stage(start(), broken)
+  ours, theirs = (
+    arrays(_load(tmp_path / name / "model").params)
+    for name in ("broken", "whole")
+  )
+  for name, leaf in ours.items():
+    assert np.array_equal(leaf, theirs[name]), name
+  # 0.1 + 0.9 (1 + cos(pi (s - 1) / 7)) / 2 at s = 5..8, of 4 steps and 4.
+  np.testing.assert_allclose(
+    _learning_rates(broken),
+    3e-3 * np.array([0.449866, 0.269430, 0.144564, 0.1]),
+    rtol=1e-5,
+  )
+  said = "scale_up: the learning rate goes on from step 4 of 8"
+  assert said in messages, messages
+  # D 16 -> 32, F stays, G 2 -> 4; carried on to what is grown from it.
+  copies = _load(tmp_path / "broken/model").lineage.copies
+  assert copies is not None
+  assert {name: set(c) for name, c in copies.items()} == {
+    "embed": {2},
+    "mlp": {1},
+    "kv_head": {1},
+    "q_per_kv": {2},
+  }
+
+
+class _Crash(Exception):
+  pass
+
+
+def _crash_at(at: int, method):
+  def crash(recorder, step, metrics):
+    if step == at:
+      raise _Crash
+    method(recorder, step, metrics)
+
+  return crash
 
 
 def test_other_data_are_read_from_their_beginning(kit, whole, tmp_path):

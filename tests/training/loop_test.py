@@ -432,6 +432,17 @@ def test_another_config_is_refused(tiny, tmp_path):
       " steps of the stage, 6",
     ),
     (
+      {
+        "optimizer": OptimizerConfig(
+          learning_rate=1.0, growth_lr="function_space"
+        )
+      },
+      "config.stages.tiny.train.optimizer.growth_lr='function_space': expected"
+      " a model that was grown by copying; its lineage has no scale_up, or the"
+      " last one has no copies (method='random', or an earlier version of this"
+      " package)",
+    ),
+    (
       {"batch_size": 9},
       "config.stages.tiny.train.batch_size=9: expected a multiple of 2, 1"
       " microbatches spread over 2 devices; the nearest is 8",

@@ -109,8 +109,141 @@ def test_update_matches_plain_adamw(
   assert int(get_moments(state).count) == 3
 
 
-def _rates(config, total_steps):
-  rate = learning_rate(config, total_steps)
+_GROWN_AXES = {
+  "gate": LeafAxes(
+    (neither("layer"), neither("expert"), reads("embed"), writes("mlp"))
+  ),
+  "out": LeafAxes((reads("kv_head"), reads("q_per_kv"), writes("embed"))),
+  "scale": LeafAxes((writes("embed"),)),
+  "tied_scale": LeafAxes((reads("embed"),)),
+  "router": LeafAxes((reads("embed"), writes("expert"))),
+  "rest": LeafAxes((neither("vocab"), writes("head_dim"))),
+}
+_COPIES = {
+  "embed": np.array([2, 2, 2, 2]),
+  "mlp": np.array([2, 1, 2]),
+  "kv_head": np.array([1, 1]),
+  "q_per_kv": np.array([3, 3, 3]),
+}
+# By hand: C_read and C_write of every leaf.
+_READ = {
+  "gate": 2.0,
+  "out": 3.0,
+  "scale": 1.0,
+  "tied_scale": 2.0,
+  "router": 2.0,
+  "rest": 1.0,
+}
+_WRITTEN = {
+  "gate": np.array([2.0, 1.0, 2.0]),
+  "out": 2.0,
+  "scale": 2.0,
+  "tied_scale": 1.0,
+  "router": 1.0,
+  "rest": 1.0,
+}
+
+
+def test_function_space_follows_its_formula():
+  config = OptimizerConfig(
+    learning_rate=1.0,
+    growth_lr="function_space",
+    clip_norm=None,
+    weight_decay=0.0,
+    epsilon=0.5,
+  )
+  sizes = dict(
+    layer=2,
+    expert=3,
+    embed=4,
+    mlp=3,
+    kv_head=2,
+    q_per_kv=3,
+    vocab=5,
+    head_dim=2,
+  )
+  rng = np.random.default_rng(0)
+  gradients = [
+    {
+      key: rng.normal(size=[sizes[name] for name in leaf.names])
+      for key, leaf in _GROWN_AXES.items()
+    }
+    for _ in range(2)
+  ]
+  optimizer = make_optimizer(config, _GROWN_AXES, copies=_COPIES)
+  params: Any = jax.tree.map(jnp.float32, gradients[0])
+  state, updates = optimizer.init(params), {}
+  for grads in gradients:
+    moved: Any = optimizer.update(
+      jax.tree.map(jnp.float32, grads), state, params
+    )
+    updates, state = moved
+  first, second = gradients
+  b, c = config.beta1, config.beta2
+  for key in _GROWN_AXES:
+    mu = (1 - b) * (b * first[key] + second[key])
+    nu = (1 - c) * (c * first[key] ** 2 + second[key] ** 2)
+    root = np.sqrt(nu / (1 - c**2)) + 0.5 / _WRITTEN[key]
+    expected = mu / (1 - b**2) / root / _READ[key]
+    # Float32 through about ten operations.
+    np.testing.assert_allclose(updates[key], expected, rtol=1e-5, atol=1e-7)
+  assert int(get_moments(state).count) == 2
+
+
+def _program(config, copies):
+  """The jaxpr of an update, and the bytes of its largest constant."""
+  optimizer = make_optimizer(config, _AXES, copies=copies)
+  params: Any = {"kernel": jnp.ones((2, 64, 96)), "bias": jnp.ones((2, 1, 3))}
+  traced = jax.make_jaxpr(optimizer.update)(
+    params, optimizer.init(params), params
+  )
+  return str(traced), max([0, *(c.nbytes for c in traced.consts)])
+
+
+def test_plain_is_the_same_program_with_and_without_copies():
+  config = OptimizerConfig(learning_rate=1.0)
+  copies = {"embed": np.full(64, 2), "mlp": np.full(96, 2)}
+  assert _program(config, copies) == _program(config, None)
+
+
+def test_copies_are_vectors_in_the_program():
+  config = OptimizerConfig(learning_rate=1.0, growth_lr="function_space")
+  copies = {"embed": np.full(64, 2), "mlp": np.full(96, 2)}
+  text, largest = _program(config, copies)
+  assert "f32[1,64,1]" in text and "f32[1,1,96]" in text
+  assert largest <= 96 * 8
+
+
+def test_without_copies_the_update_is_adams_to_the_bit():
+  """A growth of depth alone: all counts are one."""
+  params: Any = {
+    key: jnp.sin(jnp.arange(6.0)).reshape(2, 1, 3) for key in _AXES
+  }
+
+  def update(**fields):
+    config = OptimizerConfig(learning_rate=1.0, **fields)
+    optimizer = make_optimizer(config, _AXES, copies={"mlp": np.ones(3, int)})
+    return optimizer.update(params, optimizer.init(params), params)[0]
+
+  jax.tree.map(
+    np.testing.assert_array_equal, update(), update(growth_lr="function_space")
+  )
+
+
+def test_function_space_without_growth_is_refused():
+  config = OptimizerConfig(learning_rate=1.0, growth_lr="function_space")
+  with pytest.raises(errors.UserError) as error:
+    make_optimizer(config, _AXES, path="config.stages.a.train.optimizer")
+  assert str(error.value) == (
+    "config.stages.a.train.optimizer.growth_lr='function_space': expected a"
+    " model that was grown by copying; its lineage has no scale_up, or the last"
+    " one has no copies (method='random', or an earlier version of this"
+    " package)"
+  )
+
+
+def _rates(config, total_steps, **fields):
+  rate = learning_rate(config, total_steps, **fields)
   return [float(rate(jnp.int32(step))) for step in range(total_steps)]
 
 
@@ -172,4 +305,64 @@ def test_warmup_longer_than_the_stage_is_refused():
   assert str(error.value) == (
     "config.stages.a.train.optimizer.warmup_steps=11: expected at most the"
     " steps of the stage, 10"
+  )
+
+
+def _continued(continuation, schedule, **fields):
+  return OptimizerConfig(
+    learning_rate=1.0,
+    schedule=schedule,
+    warmup_steps=3,
+    continuation=continuation,
+    **fields,
+  )
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+@pytest.mark.parametrize("continuation", ["rewarm", "restart", "keep"])
+def test_from_scratch_every_continuation_is_the_same(schedule, continuation):
+  config = _continued(continuation, schedule)
+  expected = _rates(_continued("rewarm", schedule), 8)
+  assert _rates(config, 8) == expected
+  assert expected[:2] == [np.float32(1 / 3), np.float32(2 / 3)]
+
+
+@pytest.mark.parametrize("trained_steps", [0, 5])
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+def test_rewarm_forgets_what_was_before(schedule, trained_steps):
+  config = _continued("rewarm", schedule)
+  rates = _rates(config, 8, trained_steps=trained_steps)
+  assert rates == _rates(config, 8)
+
+
+@pytest.mark.parametrize("trained_steps", [0, 5])
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+def test_restart_leaves_the_warmup_out(schedule, trained_steps):
+  config = _continued("restart", schedule)
+  rates = _rates(config, 8, trained_steps=trained_steps)
+  without = OptimizerConfig(learning_rate=1.0, schedule=schedule)
+  assert rates == _rates(without, 8)
+  # Nor need it fit into the stage.
+  assert len(_rates(config, 2, trained_steps=trained_steps)) == 2
+
+
+@pytest.mark.parametrize("trained_steps", [0, 2, 5])
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+def test_keep_is_the_end_of_one_schedule_over_all_steps(
+  schedule, trained_steps
+):
+  config = _continued("keep", schedule, decay_share=0.5)
+  whole = _rates(_continued("rewarm", schedule, decay_share=0.5), 8)
+  rest = _rates(config, 8 - trained_steps, trained_steps=trained_steps)
+  assert rest == whole[trained_steps:]
+
+
+def test_a_warmup_longer_than_all_steps_is_refused():
+  config = _continued("keep", "cosine")
+  learning_rate(config, 1, trained_steps=2)
+  with pytest.raises(errors.UserError) as error:
+    learning_rate(config, 1, trained_steps=1)
+  assert str(error.value) == (
+    "config.optimizer.warmup_steps=3: expected at most the steps of the stage"
+    " and the 1 before it, 2"
   )
