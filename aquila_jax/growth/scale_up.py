@@ -63,6 +63,7 @@ _KEPT = {
   "qk_norm": "growth adds no leaves",
   "tied_embeddings": "growth adds no leaves",
   "moe": "Scale-Out makes experts",
+  "growth_mask": "train the source with mask_steps until its mask is 1",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from jax.sharding import Mesh
@@ -10,12 +11,14 @@ from tokenizers import Tokenizer
 from aquila_jax.core import errors
 from aquila_jax.core.experiment_config import (
   ExperimentConfig,
+  Load,
   ScaleOut,
   ScaleUp,
   StageConfig,
 )
 from aquila_jax.core.lineage import Lineage
-from aquila_jax.core.model_dir import read_header
+from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.core.model_dir import StoredModel, read_header
 from aquila_jax.generation.generate import encode_prompts
 from aquila_jax.growth import scale_out, scale_up
 from aquila_jax.models import decoder_lm
@@ -25,6 +28,7 @@ from aquila_jax.sharding.mesh import make_mesh
 from aquila_jax.sharding.rules import param_shardings
 from aquila_jax.training import inputs, step
 from aquila_jax.training.freezing import NewIndices, trainable_masks
+from aquila_jax.training.growth_mask import mask_schedule, trained
 from aquila_jax.training.optimizers import learning_rate
 
 
@@ -94,6 +98,11 @@ def _check_stage(
   """Checks one stage: its start, mesh, schedule and what is frozen."""
   stage, path = experiment.stages[name], f"config.stages.{name}"
   new_indices = _check_start(experiment, name)
+  mask_schedule(
+    stage.train,
+    _starting_model(experiment, name).growth_mask,
+    path=f"{path}.train",
+  )
   axes = decoder_lm.parameter_axes(stage.model)
   shapes = decoder_lm.abstract_params(stage.model)
   param_shardings(axes, shapes, mesh)
@@ -126,7 +135,7 @@ def _check_start(experiment: ExperimentConfig, name: str) -> NewIndices | None:
   field = initial.source_field(stage, name)
   if source in experiment.stages:
     # It may not be trained yet.
-    config, lineage = experiment.stages[source].model, Lineage()
+    config, lineage = _trained_model(experiment, source), Lineage()
   else:
     header = read_header(source, what=field)
     config, lineage = header.config, header.lineage
@@ -141,6 +150,45 @@ def _check_start(experiment: ExperimentConfig, name: str) -> NewIndices | None:
     return scale_up.new_indices(config, stage.model, init, path=path)
   initial.check_same_architecture(config, stage.model, path=path)
   return lineage.new_indices
+
+
+def _trained_model(experiment: ExperimentConfig, name: str) -> ModelConfig:
+  """The architecture of the MODEL that a stage will leave."""
+  return trained(
+    _starting_model(experiment, name),
+    experiment.stages[name].train,
+    steps=budget.total_steps(experiment, name),
+    path=f"config.stages.{name}.train",
+  )
+
+
+def _starting_model(experiment: ExperimentConfig, name: str) -> ModelConfig:
+  """The architecture of a stage under the growth mask that it will start with.
+
+  A growth may put one on, a MODEL that is loaded keeps what it has.
+  """
+  stage = experiment.stages[name]
+  source = budget.source_of(stage)
+  if not isinstance(stage.init, Load | ScaleUp):
+    return stage.model
+  if source in experiment.stages:
+    config = _trained_model(experiment, source)
+  else:
+    field = initial.source_field(stage, name)
+    config = read_header(source, what=field).config
+  if isinstance(stage.init, Load):
+    return dataclasses.replace(stage.model, growth_mask=config.growth_mask)
+  header = StoredModel(
+    config=config, lineage=Lineage(), params={}, tokenizer=None
+  )
+  return scale_up.grown_header(
+    header,
+    stage.model,
+    stage.init,
+    seed=0,
+    name=name,
+    path=f"config.stages.{name}.model",
+  ).config
 
 
 def _inherited(
