@@ -45,7 +45,8 @@ def main() -> None:
   grown = stream_scale_out(
     source,
     _OUTPUT.value,
-    dataclasses.replace(source.model.config, moe=moe),
+    # Of a source with a growth mask this is refused.
+    dataclasses.replace(source.model.config, moe=moe, growth_mask=None),
     options,
     seed=_SEED.value,
     progress=model_flags.now_and_then(),

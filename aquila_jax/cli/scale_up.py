@@ -125,7 +125,7 @@ def main() -> None:
     print(line, flush=True)
   checked = None
   if _CHECK.value:
-    checked = _checked(source, target, options, **chosen)
+    checked = _checked(source, target, options, config=plan.config, **chosen)
     print(checked.in_words(), flush=True)
   if not _DRY_RUN.value:
     _write(source, target, options, checked=checked, name=name, **chosen)
@@ -262,7 +262,12 @@ def _with_tokenizer(source: ModelReader, target: ModelConfig) -> ModelReader:
 
 
 def _checked(
-  source: ModelReader, target: ModelConfig, options: ScaleUp, **chosen: Any
+  source: ModelReader,
+  target: ModelConfig,
+  options: ScaleUp,
+  *,
+  config: ModelConfig,
+  **chosen: Any,
 ) -> checking.Check:
   if options.method == "random":
     raise errors.UserError(
@@ -271,7 +276,7 @@ def _checked(
   return checking.check(
     checking.ReadModel(config=source.model.config, params=source.params),
     checking.ReadModel(
-      config=target,
+      config=config,
       params=grown_trees(source, target, options, **chosen)["params"],
     ),
     _tokens(source),

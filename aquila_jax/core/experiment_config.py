@@ -17,6 +17,7 @@ GROWTH_METHODS = (
   "bert2bert",
   "hypercloning",
   "lemon",
+  "msg",
   "random",
 )
 WidthMap = Literal["circular", "random"]
@@ -232,6 +233,9 @@ class TrainConfig:
   sequence_length: int  # T, tokens
   # Gradient accumulation: the batch in so many parts, one update.
   num_microbatches: int = 1
+  # Steps in which the growth mask of the model rises by 1, until it is 1. 0 is
+  # for a model without one.
+  mask_steps: int = 0
   optimizer: OptimizerConfig
   loss: LossConfig = LossConfig()
   freeze: FreezeConfig = FreezeConfig()
@@ -251,6 +255,7 @@ class TrainConfig:
     for name in ("batch_size", "sequence_length", "num_microbatches"):
       value = getattr(self, name)
       require(value >= 1, f"{name}={value}: need >= 1")
+    require(self.mask_steps >= 0, f"mask_steps={self.mask_steps}: need >= 0")
     require(self.log_every >= 1, f"log_every={self.log_every}: need >= 1")
     require(
       self.evaluate_every >= 0,
@@ -280,6 +285,11 @@ class StageConfig:
   train: TrainConfig
 
   def __post_init__(self):
+    require(
+      self.model.growth_mask is None,
+      "model.growth_mask: expected None; it is not set but comes from the model"
+      " that the stage starts from",
+    )
     require(
       self.train.sequence_length <= self.model.context_length,
       f"train.sequence_length={self.train.sequence_length} exceeds"

@@ -109,6 +109,39 @@ class MoeConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GrowthMask:
+  """Which parts of a model a growth has added, and how much they count.
+
+  Masked Structural Growth (Yao et al., arXiv 2305.02869): at `value` 0 the
+  model computes what it computed before it grew, whatever the new parameters
+  are; at 1 the mask changes nothing. models/growth_mask.py says how.
+  """
+
+  value: float = 0.0
+  # The sizes before the growth: indices from there on are new.
+  embed_dim: int
+  mlp_dim: int
+  num_kv_heads: int
+  queries_per_kv: int
+  new_layers: tuple[int, ...] = ()  # in rising order
+
+  def __post_init__(self):
+    require(0 <= self.value <= 1, f"value={self.value}: need 0 <= value <= 1")
+    for name in MASKED_SIZES:
+      require(
+        getattr(self, name) >= 1, f"{name}={getattr(self, name)}: need >= 1"
+      )
+    require(
+      list(self.new_layers) == sorted(set(self.new_layers)),
+      f"new_layers={self.new_layers}: need rising order, each once",
+    )
+
+
+# The fields of a GrowthMask that a model has under the same name.
+MASKED_SIZES = ("embed_dim", "mlp_dim", "num_kv_heads", "queries_per_kv")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
   """A pre-norm decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
 
@@ -134,6 +167,8 @@ class ModelConfig:
   tied_embeddings: bool = False
   init_std: float = 0.02
   moe: MoeConfig | None = None
+  # Of a model that was grown and whose new parts do not count in full yet.
+  growth_mask: GrowthMask | None = None
   # What the backward pass recomputes: nothing, all but matmuls, everything.
   remat: Literal["none", "dots", "full"] = "none"
   param_dtype: Dtype = "float32"
@@ -178,6 +213,21 @@ class ModelConfig:
     require(
       self.qk_norm_epsilon is None or self.qk_norm,
       f"qk_norm_epsilon={self.qk_norm_epsilon}: expected None without qk_norm",
+    )
+    if self.growth_mask is not None:
+      self._check_mask(self.growth_mask)
+
+  def _check_mask(self, mask: GrowthMask) -> None:
+    for name in MASKED_SIZES:
+      old, size = getattr(mask, name), getattr(self, name)
+      require(
+        old <= size,
+        f"growth_mask.{name}={old}: need <= {size}, the model's own",
+      )
+    require(
+      all(0 <= layer < self.num_layers for layer in mask.new_layers),
+      f"growth_mask.new_layers={mask.new_layers}: need layers below"
+      f" num_layers={self.num_layers}",
     )
 
   @property

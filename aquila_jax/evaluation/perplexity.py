@@ -25,7 +25,10 @@ from aquila_jax.models.decoder_lm import DecoderLM
 
 @functools.partial(jax.jit, static_argnames="config")
 def _target_nats(
-  config: ModelConfig, params: Params, batch: Batch
+  config: ModelConfig,
+  params: Params,
+  batch: Batch,
+  mask_value: Float[Array, ""] | float | None = None,
 ) -> Float[Array, "B T"]:
   """-log probability of every target, 0 where it has no weight."""
   out: Any = DecoderLM(config).apply(
@@ -33,6 +36,7 @@ def _target_nats(
     batch.tokens,
     positions=batch.positions,
     segments=batch.segments,
+    mask_value=mask_value,
   )
   # At least float32: a log-softmax over the vocabulary.
   logits = out.logits.astype(dtypes.at_least_float32(out.logits.dtype))
@@ -96,19 +100,32 @@ class Evaluator:
         " documents"
       )
 
-  def scores(self, params: Params) -> Scores:
-    """The score of every language that the split has."""
+  def scores(
+    self, params: Params, *, mask_value: float | None = None
+  ) -> Scores:
+    """The score of every language that the split has.
+
+    Args:
+      params: of the model.
+      mask_value: in place of the config's `growth_mask.value`; another one
+        compiles nothing.
+
+    Returns:
+      The scores.
+    """
     return Scores(
       split=self._split,
       languages={
-        language: self._score(params, batches)
+        language: self._score(params, batches, mask_value)
         for language, batches in self._batches.items()
       },
     )
 
-  def __call__(self, params: Params) -> dict[str, float]:
+  def __call__(
+    self, params: Params, *, mask_value: float | None = None
+  ) -> dict[str, float]:
     """The numbers of a validation row: `loss`, `loss_LANG` and others."""
-    scores = self.scores(params)
+    scores = self.scores(params, mask_value=mask_value)
     row = {
       "loss": scores.overall.loss,
       "bits_per_byte": scores.overall.bits_per_byte,
@@ -118,11 +135,13 @@ class Evaluator:
       row[f"bits_per_byte_{language}"] = score.bits_per_byte
     return row | {"validation_tokens": float(scores.overall.tokens)}
 
-  def _score(self, params: Params, batches: Sequence[Batch]) -> LanguageScore:
+  def _score(
+    self, params: Params, batches: Sequence[Batch], mask_value: float | None
+  ) -> LanguageScore:
     # Sums in float64 on the host: their order then does not show.
     nats, tokens, num_bytes = 0.0, 0, 0
     for batch in batches:
-      values = jax.device_get(self._run(params, batch))
+      values = jax.device_get(self._run(params, batch, mask_value))
       counted = np.asarray(batch.weights) > 0
       nats += float(np.sum(values, dtype=np.float64))
       tokens += int(np.sum(counted))
@@ -130,10 +149,12 @@ class Evaluator:
       num_bytes += int(np.sum(self._token_bytes[targets]))
     return LanguageScore(nats=nats, tokens=tokens, bytes=num_bytes)
 
-  def _run(self, params: Params, batch: Batch) -> Float[Array, "B T"]:
+  def _run(
+    self, params: Params, batch: Batch, mask_value: float | None
+  ) -> Float[Array, "B T"]:
     if self._sharding is not None:
       batch = jax.device_put(batch, self._sharding)
-    return _target_nats(self._config, params, batch)
+    return _target_nats(self._config, params, batch, mask_value)
 
 
 def evaluate(

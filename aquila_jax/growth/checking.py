@@ -21,6 +21,7 @@ from aquila_jax.growth.exactness import Check
 from aquila_jax.growth.grown_tree import LeafSpec, Tree, slices
 from aquila_jax.growth.scale_up import model_leaves
 from aquila_jax.models import decoder_lm
+from aquila_jax.models.growth_mask import make_masks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,19 +87,22 @@ def logits(
   )
   segments = jnp.ones(tokens.shape, jnp.int32)
 
+  masks = make_masks(config)
+
   @jax.jit
-  def block(x, params):
+  def block(x, params, share):
     out: Any = decoder_lm.Block(config).apply(
-      {"params": params}, x, None, positions, segments
+      {"params": params}, x, None, positions, segments, share, masks
     )
     return out[0]
 
   x = jnp.asarray(_embedded(model.params, leaves, tokens).astype(wide))
   for layer in range(config.num_layers):
-    x = block(x, _layer(model.params, leaves, layer))
+    share = None if masks.layers is None else masks.layers[layer]
+    x = block(x, _layer(model.params, leaves, layer), share)
   scale = model.params.read(_NORM, index=(slice(None),))
   norm: Any = decoder_lm.final_norm(config)
-  x = np.asarray(norm.apply({"params": {"scale": scale}}, x))
+  x = np.asarray(norm.apply({"params": {"scale": scale}}, x, masks.embed))
   return _head(model, leaves, x)
 
 

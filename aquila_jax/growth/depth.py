@@ -29,12 +29,6 @@ class LayerMap:
   # root mean square; it sums to zero. 0 leaves plain zeros.
   silent_noise: float = 0.0
 
-  @property
-  def keeps_function(self) -> bool:
-    """Whether the layers that count are the source's, in order, once each."""
-    counting = self.copies.source[~self.silent]
-    return counting.tolist() == list(range(self.copies.source_size))
-
   def in_words(self) -> str:
     words = self.copies.in_words()
     if self.silent.any():

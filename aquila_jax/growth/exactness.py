@@ -88,7 +88,7 @@ def _width_reasons(growth: Growth) -> list[str]:
     # A residual is read by rows, so what is written there must be zero; what is
     # computed inside a layer may be anything where it is read by zeros.
     needed = (Role.WRITES,) if name == "embed" else (Role.READS, Role.WRITES)
-    if g.has_empty and g.silent not in needed:
+    if g.has_empty and g.silent not in needed and not growth.masked:
       reasons.append(f"new indices of {name} add what the source has not")
   return reasons
 
@@ -135,7 +135,7 @@ def _source_reasons(growth: Growth) -> list[str]:
 
 
 def _depth_reasons(growth: Growth) -> list[str]:
-  if growth.layers.keeps_function:
+  if growth.keeps_layers:
     return []
   return [
     "layers run more than once or in another order"
@@ -156,6 +156,11 @@ def _notes(
   growth: Growth, source: ModelConfig, target: ModelConfig
 ) -> list[str]:
   notes = []
+  if growth.masked:
+    notes.append(
+      "what is new counts nothing until training raises the growth mask"
+      " (train.mask_steps)"
+    )
   if growth.vocab is not None and growth.vocab.is_new.any():
     notes.append(
       f"{int(growth.vocab.is_new.sum())} new tokens take a part of the"

@@ -102,6 +102,15 @@ def slices(spec: LeafSpec) -> Iterator[Index]:
   return itertools.product(*choices)
 
 
+def _slice_shape(spec: LeafSpec) -> tuple[int, ...]:
+  """Of a slice of a leaf that has no vocabulary."""
+  return tuple(
+    size
+    for axis, size in zip(spec.axes.axes, spec.shape, strict=True)
+    if not is_stacked(axis)
+  )
+
+
 class GrownTree:
   """A tree of the source, grown.
 
@@ -137,6 +146,10 @@ class GrownTree:
     spec = self._leaves[name]
     place = dict(zip(spec.axes.names, index, strict=True))
     layer: Any = place.get("layer", 0)
+    copies = self._growth.layers.copies
+    if self._growth.masked and not self._powers.draws and "layer" in place:
+      if copies.is_new[layer]:  # it has had no gradients
+        return np.zeros(_slice_shape(spec), spec.dtype)
     own_layer, layer_above = layer, layer
     if "layer" in place:
       own_layer, layer_above = self._growth.source_layers(layer)

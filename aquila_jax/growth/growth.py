@@ -16,6 +16,11 @@ from jaxtyping import Float
 
 from aquila_jax.core import dtypes
 from aquila_jax.core.axes import Axis, LeafAxes, Role
+from aquila_jax.core.model_config import (
+  MASKED_SIZES,
+  GrowthMask,
+  ModelConfig,
+)
 from aquila_jax.growth import axis_map
 from aquila_jax.growth.axis_map import AxisMap, AxisMaps, Powers
 from aquila_jax.growth.depth import LayerMap
@@ -36,6 +41,9 @@ class Growth:
   # deviation relative to their root mean square. Over the copies of an index
   # it sums to zero, so nothing changes but that the copies can part.
   noise: float = 0.0
+  # Whether the model starts under a growth mask of 0 (models/growth_mask.py),
+  # which is all that its new indices and layers then count.
+  masked: bool = False
 
   @property
   def maps(self) -> dict[str, AxisMap]:
@@ -50,8 +58,28 @@ class Growth:
 
   @property
   def mean_square_factor(self) -> float | None:
-    """Of the residual; see axis_map.py."""
-    return self.width["embed"].mean_square_factor
+    """Of the residual; see axis_map.py. A mask leaves the mean what it was."""
+    return 1.0 if self.masked else self.width["embed"].mean_square_factor
+
+  def config(self, source: ModelConfig, target: ModelConfig) -> ModelConfig:
+    """The architecture of the grown model: `target`, under its mask."""
+    if not self.masked:
+      return target
+    copies = self.layers.copies
+    mask = GrowthMask(
+      **{name: getattr(source, name) for name in MASKED_SIZES},
+      new_layers=tuple(np.flatnonzero(copies.is_new).tolist()),
+    )
+    return dataclasses.replace(target, growth_mask=mask)
+
+  @property
+  def keeps_layers(self) -> bool:
+    """Whether the layers that count are the source's, in order, once each."""
+    copies = self.layers.copies
+    counting = ~self.layers.silent
+    if self.masked:
+      counting = counting & ~copies.is_new
+    return copies.source[counting].tolist() == list(range(copies.source_size))
 
   def source_layers(self, layer: int) -> tuple[int, int]:
     """The layer that a target layer copies, and the one above that.
@@ -170,7 +198,7 @@ class Growth:
   def _scale_factor(self, axes: LeafAxes) -> float:
     """What a norm's scale is multiplied by."""
     (axis,) = axes.axes
-    if axis.name not in self.width:
+    if axis.name not in self.width or self.masked:
       return 1.0
     factor = self.width[axis.name].mean_square_factor
     return 1.0 if factor is None else float(np.sqrt(factor))

@@ -18,6 +18,9 @@
                models with RMSNorm. There a copy's share is one number; here
                every entry has its own: under Adam, whose step does not feel the
                size of a gradient, copies of shares a and b would stay together.
+  msg          the source as it is; what is new is drawn, and masked until
+               training has raised its mask. Masked Structural Growth (arXiv
+               2305.02869); models/growth_mask.py.
   random       the target's initialisation; nothing of the source but its
                tokenizer.
 
@@ -233,6 +236,23 @@ def lemon(pair: Pair) -> Growth:
   )
 
 
+def msg(pair: Pair) -> Growth:
+  if pair.options.maps:
+    raise errors.UserError(
+      f"maps={pair.options.maps!r}: expected none; method='msg' keeps the"
+      " source in front and masks what stands behind it"
+    )
+  return Growth(
+    width={
+      name: axis_map.padded(pair.old[name], pair.new[name], silent=None)
+      for name in WIDTH
+    },
+    layers=pair.layers(),
+    vocab=pair.vocab(),
+    masked=True,
+  )
+
+
 METHODS: dict[str, Method] = {
   "fpi": fpi,
   "aki": aki,
@@ -240,6 +260,7 @@ METHODS: dict[str, Method] = {
   "bert2bert": bert2bert,
   "hypercloning": hypercloning,
   "lemon": lemon,
+  "msg": msg,
 }
 # What makes no maps of the source.
 OTHERS = ("random",)

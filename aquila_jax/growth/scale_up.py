@@ -47,6 +47,7 @@ _KEPT = {
   "qk_norm": "growth adds no leaves",
   "tied_embeddings": "growth adds no leaves",
   "moe": "Scale-Out makes experts",
+  "growth_mask": "train the source with mask_steps until its mask is 1",
 }
 _EXTENDED = {
   "rope_theta": "another base turns every head",
@@ -319,9 +320,9 @@ def grown_header(
   )
   return dataclasses.replace(
     source,
-    config=target,
+    config=plan.config,
     lineage=source.lineage.then(event),
-    params=decoder_lm.abstract_params(target),
+    params=decoder_lm.abstract_params(plan.config),
     moments=None,
     ema=None,
   )
@@ -332,6 +333,7 @@ class Plan:
   """What a growth will do, in words and numbers, before it does it."""
 
   method: str
+  config: ModelConfig  # of the grown model
   exactness: Exactness
   axes: dict[str, str]  # of each that grows: where it comes from
   new_indices: dict[str, list[list[int]]]
@@ -380,6 +382,7 @@ def plan_growth(
     everything = {"embed": target.embed_dim, "head_dim": target.head_dim}
     return Plan(
       method="random",
+      config=target,
       exactness=Exactness(
         exact=False, reasons=("nothing of the source's parameters is kept",)
       ),
@@ -396,6 +399,7 @@ def plan_growth(
   }
   return Plan(
     method=options.method,
+    config=growth.config(source, target),
     exactness=predict(growth, source, target),
     axes=words,
     new_indices=growth.new_indices,

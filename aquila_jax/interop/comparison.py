@@ -22,6 +22,7 @@ from aquila_jax.core import errors
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.model_dir import StoredModel
 from aquila_jax.core.types import Params
+from aquila_jax.interop import families
 from aquila_jax.interop.tracing import Trace
 from aquila_jax.models.decoder_lm import DecoderLM
 
@@ -87,8 +88,13 @@ class OurModel:
 
 
 def in_float32(stored: StoredModel) -> tuple[ModelConfig, Params]:
-  """A stored model as it is compared: float32, dropless, nothing recomputed."""
+  """A stored model as it is compared: float32, dropless, nothing recomputed.
+
+  Raises:
+    errors.UserError: on a growth mask, which no stock class has.
+  """
   config = stored.config
+  families.check_no_mask(config)
   moe = config.moe
   if moe is not None:
     moe = dataclasses.replace(moe, capacity_factor=None)

@@ -300,7 +300,23 @@ def idle_tensors(family: Family, config: ModelConfig) -> dict[str, IdleTensor]:
   }
 
 
+def check_no_mask(config: ModelConfig) -> None:
+  """Refuses a model of which new parts count less than in full.
+
+  Raises:
+    errors.UserError: saying what finishes it.
+  """
+  mask = config.growth_mask
+  if mask is not None:
+    raise errors.UserError(
+      f"model.growth_mask: its value is {mask.value:g}; no stock class has a"
+      " mask, expected None; train the model on with train.mask_steps until"
+      " the mask is 1"
+    )
+
+
 def _choose(config: ModelConfig) -> Family:
+  check_no_mask(config)
   moe = config.moe
   if config.qk_norm and config.head_norm_epsilon != config.norm_epsilon:
     raise errors.UserError(

@@ -126,8 +126,12 @@ class Attention(nn.Module):
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
     cache: KVCache | None = None,
+    head_mask: Float[Array, "K G"] | None = None,
   ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-    """Attends to the row itself, or to the cache with the row appended."""
+    """Attends to the row itself, or to the cache with the row appended.
+
+    `head_mask` says how much each head counts; None is in full.
+    """
     config = self.config
     query = self._project("query", x, head_axes=("kv_head", "q_per_kv"))
     key = self._project("key", x, head_axes=("kv_head",))
@@ -155,6 +159,8 @@ class Attention(nn.Module):
       )
       heads = attend_to_cache(query, cache.key, cache.value, mask=mask)
     kernel = self._kernel("out", ("kv_head", "q_per_kv", "head_dim"), "embed")
+    if head_mask is not None:
+      kernel = kernel * head_mask.astype(kernel.dtype)[..., None, None]
     out = jnp.einsum("BTKGH,KGHD->BTD", heads, kernel.astype(x.dtype))
     if config.out_bias:
       out = out + self._bias("out", ("embed",)).astype(x.dtype)[None, None]

@@ -25,22 +25,37 @@ def kernel_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
   return tuple(sizes[axis.name] for axis in KERNEL_AXES[name])
 
 
+def mask_rows(
+  down: Float[Array, "*E F D"], mask: Float[Array, "F"] | None
+) -> Float[Array, "*E F D"]:
+  """The down kernel, with each hidden unit's row times its `mask`."""
+  if mask is None:
+    return down
+  rows = mask.astype(down.dtype)[:, None]  # (F,) -> (F, 1)
+  return down * jnp.expand_dims(rows, tuple(range(down.ndim - 2)))
+
+
 class FeedForward(nn.Module):
   """down(silu(x gate) * (x up)), without biases."""
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+  def __call__(
+    self, x: Float[Array, "B T D"], *, mask: Float[Array, "F"] | None = None
+  ) -> Float[Array, "B T D"]:
+    """`mask` says how much each hidden unit counts; None is in full."""
     gate, up, down = (
       self.param(
         name,
         axes.declare(nn.initializers.normal(self.config.init_std), leaf_axes),
         kernel_shape(self.config, name),
         jnp.dtype(self.config.param_dtype),
-      ).astype(x.dtype)
+      )
       for name, leaf_axes in KERNEL_AXES.items()
     )
+    kernels = (gate, up, mask_rows(down, mask))
+    gate, up, down = (kernel.astype(x.dtype) for kernel in kernels)
     hidden = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x, gate))
     hidden = hidden * jnp.einsum("BTD,DF->BTF", x, up)
     return jnp.einsum("BTF,FD->BTD", hidden, down)

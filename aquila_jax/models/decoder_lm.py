@@ -2,6 +2,8 @@
 
 tokens -> Embedding -> L x Block -> RMSNorm -> LM head -> logits
 Block: x + Attention(RMSNorm(x)), then x + FFN or MoE(RMSNorm(x))
+
+What a growth has added may count in part: growth_mask.py.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from aquila_jax.layers.embedding import Embedding, LMHead
 from aquila_jax.layers.feed_forward import FeedForward
 from aquila_jax.layers.moe.layer import MoeFeedForward
 from aquila_jax.layers.norm import RMSNorm
+from aquila_jax.models import growth_mask
+from aquila_jax.models.growth_mask import NO_MASKS, Masks
 
 
 class DecoderOutput(struct.PyTreeNode):
@@ -74,21 +78,32 @@ class Block(nn.Module):
     cache: KVCache | None,
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
+    share: Float[Array, ""] | None = None,
+    masks: Masks = NO_MASKS,
   ) -> tuple[Float[Array, "B T D"], tuple[RoutingStats | None, KVCache | None]]:
+    """`share` is how much the layer counts, this one's of `masks.layers`."""
     attended, cache = Attention(self.config, name="attention")(
-      _norm(self.config, "attention_norm")(x),
+      _norm(self.config, "attention_norm")(x, masks.embed),
       positions=positions,
       segments=segments,
       cache=cache,
+      head_mask=masks.heads,
     )
-    x = x + attended
-    normed = _norm(self.config, "mlp_norm")(x)
+    x = x + _shared(attended, share)
+    normed = _norm(self.config, "mlp_norm")(x, masks.embed)
     if self.config.moe is None:
-      return x + FeedForward(self.config, name="mlp")(normed), (None, cache)
+      out = FeedForward(self.config, name="mlp")(normed, mask=masks.mlp)
+      return x + _shared(out, share), (None, cache)
     out, stats = MoeFeedForward(self.config, name="mlp")(
-      normed, segments=segments
+      normed, segments=segments, mask=masks.mlp
     )
-    return x + out, (stats, cache)
+    return x + _shared(out, share), (stats, cache)
+
+
+def _shared(
+  out: Float[Array, "B T D"], share: Float[Array, ""] | None
+) -> Float[Array, "B T D"]:
+  return out if share is None else out * share.astype(out.dtype)
 
 
 _REMAT_POLICIES = {
@@ -120,6 +135,7 @@ class DecoderLM(nn.Module):
     segments: Int[Array, "B T"],
     cache: KVCache | ListedCache | None = None,
     last_only: bool = False,
+    mask_value: Float[Array, ""] | float | None = None,
   ) -> DecoderOutput:
     """Logits of the next token, for every token.
 
@@ -131,22 +147,30 @@ class DecoderLM(nn.Module):
         `list_cache` where the layers are listed.
       last_only: logits of the last token only, [B 1 V]; those of all tokens
         of a long prompt may be larger than the model.
+      mask_value: in place of `config.growth_mask.value`; it may be traced.
 
     Returns:
       Logits, the routing of every layer, and the grown cache.
+
+    Raises:
+      ValueError: on a mask_value for a model without a growth mask.
     """
     config = self.config
+    masks = growth_mask.make_masks(config, mask_value)
     embedding = Embedding(config, name="embedding")
     x = embedding(tokens)
     layers: Any = self._list if self.listed else self._scan
-    x, routing, cache = layers(x, cache, positions=positions, segments=segments)
+    x, routing, cache = layers(
+      x, cache, positions=positions, segments=segments, masks=masks
+    )
     if last_only:
       x = x[:, -1:]
-    x = final_norm(config)(x)
+    x = final_norm(config)(x, masks.embed)
     if config.tied_embeddings:
       logits = embedding.attend(x)
     else:
       logits = LMHead(config, name="lm_head")(x)
+    routing = growth_mask.weigh_losses(routing, masks.layers)
     return DecoderOutput(logits=logits, routing=routing, cache=cache)
 
   def _scan(
@@ -156,6 +180,7 @@ class DecoderLM(nn.Module):
     *,
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
+    masks: Masks,
   ) -> tuple[Float[Array, "B T D"], RoutingStats | None, KVCache | None]:
     layers = nn.scan(
       self._block(),
@@ -163,12 +188,14 @@ class DecoderLM(nn.Module):
       variable_axes={"params": 0, "intermediates": 0},
       split_rngs={"params": True},
       # Flax declares no type; pyright takes that of the default, an int.
-      in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+      in_axes=(0, nn.broadcast, nn.broadcast, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
       out_axes=0,
       length=self.config.num_layers,
       metadata_params={nn.meta.PARTITION_NAME: "layer"},
     )(self.config, name="layers")
-    x, (routing, cache) = layers(x, cache, positions, segments)
+    x, (routing, cache) = layers(
+      x, cache, positions, segments, masks.layers, masks
+    )
     return x, routing, cache
 
   def _list(
@@ -178,13 +205,15 @@ class DecoderLM(nn.Module):
     *,
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
+    masks: Masks,
   ) -> tuple[Float[Array, "B T D"], RoutingStats | None, ListedCache | None]:
     block = self._block()
     routings, caches = [], []
     for i in range(self.config.num_layers):
       one = None if cache is None else _cache_of(cache, i)
+      share = None if masks.layers is None else masks.layers[i]
       x, (routing, one) = block(self.config, name=_layer_name(i))(
-        x, one, positions, segments
+        x, one, positions, segments, share, masks
       )
       routings.append(routing)
       caches.append(one)

@@ -32,6 +32,8 @@ from aquila_jax.pipeline.context import Context
 
 # What a MODEL may be trained with other than it was made with.
 _FREE = ("context_length", "init_std", "remat", "param_dtype", "compute_dtype")
+# And what a stage does not set but takes from the MODEL.
+_TAKEN = ("growth_mask",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +160,7 @@ def check_same_architecture(
   """
   for field in dataclasses.fields(ModelConfig):
     wanted, found = getattr(target, field.name), getattr(source, field.name)
-    if field.name not in _FREE and wanted != found:
+    if field.name not in _FREE + _TAKEN and wanted != found:
       raise errors.UserError(
         f"{path}.{field.name}={wanted!r}: the MODEL has {found!r}; a stage that"
         " loads a MODEL takes it as it is"
@@ -166,7 +168,7 @@ def check_same_architecture(
 
 
 def load(source: StoredModel, target: ModelConfig, *, path: str) -> StoredModel:
-  """A MODEL as it is, in the target's dtypes.
+  """A MODEL as it is, its growth mask too, in the target's dtypes.
 
   Raises:
     errors.UserError: as `check_same_architecture`.
@@ -177,7 +179,10 @@ def load(source: StoredModel, target: ModelConfig, *, path: str) -> StoredModel:
     source.params,
     decoder_lm.abstract_params(target),
   )
-  return dataclasses.replace(source, config=target, params=params)
+  taken = {name: getattr(source.config, name) for name in _TAKEN}
+  return dataclasses.replace(
+    source, config=dataclasses.replace(target, **taken), params=params
+  )
 
 
 def check_vocabulary(target: ModelConfig, context: Context, *, path: str):

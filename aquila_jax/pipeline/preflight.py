@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from jax.sharding import Mesh
@@ -14,6 +15,7 @@ from aquila_jax.core.experiment_config import (
   ScaleUp,
 )
 from aquila_jax.core.lineage import Event, Lineage
+from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.model_dir import StoredModel, read_header
 from aquila_jax.generation.generate import encode_prompts
 from aquila_jax.growth import scale_out, scale_up
@@ -24,6 +26,7 @@ from aquila_jax.sharding.mesh import make_mesh
 from aquila_jax.sharding.rules import param_shardings
 from aquila_jax.training import inputs, step
 from aquila_jax.training.freezing import trainable_masks
+from aquila_jax.training.growth_mask import mask_schedule, trained
 from aquila_jax.training.optimizers import learning_rate, make_optimizer
 
 
@@ -92,7 +95,9 @@ def _check_stage(
 ) -> None:
   """Checks one stage: its start, mesh, optimizer and what is frozen."""
   stage, path = experiment.stages[name], f"config.stages.{name}"
-  lineage = _check_start(experiment, name)
+  start = _start(experiment, name)
+  lineage = start.lineage
+  mask_schedule(stage.train, start.config.growth_mask, path=f"{path}.train")
   axes = decoder_lm.parameter_axes(stage.model)
   shapes = decoder_lm.abstract_params(stage.model)
   param_shardings(axes, shapes, mesh)
@@ -122,47 +127,58 @@ def _check_stage(
   )
 
 
-def _check_start(experiment: ExperimentConfig, name: str) -> Lineage:
-  """Checks a stage against its source; the lineage that it will start with."""
+def _start(experiment: ExperimentConfig, name: str) -> StoredModel:
+  """Checks a stage against its source.
+
+  Returns:
+    The model that the stage will start with, without arrays and tokenizer: its
+    lineage, and its architecture under the growth mask that it will have.
+  """
   stage = experiment.stages[name]
   source = budget.source_of(stage)
   if not source:
-    return Lineage(events=(Event(kind="scratch"),))
+    return _without_arrays(
+      stage.model, Lineage(events=(Event(kind="scratch"),))
+    )
   init, path = stage.init, f"config.stages.{name}.model"
   if source in experiment.stages:
-    # It may not be trained yet.
-    config = experiment.stages[source].model
-    lineage = _trained(experiment, source)
+    model = _end(experiment, source)  # it may not be trained yet
   else:
     header = read_header(source, what=initial.source_field(stage, name))
-    config, lineage = header.config, header.lineage
+    model = _without_arrays(header.config, header.lineage)
   if isinstance(init, ScaleOut):
-    scale_out.check_pair(config, stage.model, path=path)
-    return lineage.then(Event(kind="scale_out"))
+    scale_out.check_pair(model.config, stage.model, path=path)
+    lineage = model.lineage.then(Event(kind="scale_out"))
+    return dataclasses.replace(model, config=stage.model, lineage=lineage)
   if isinstance(init, ScaleUp):
     for method in init.compare:
       if method != init.method:
         options = initial.with_method(init, method)
-        scale_up.plan_growth(config, stage.model, options, path=path)
-    model = StoredModel(
-      config=config,
-      lineage=lineage,
-      params=decoder_lm.abstract_params(config),
-      tokenizer=None,
-    )
+        scale_up.plan_growth(model.config, stage.model, options, path=path)
     # Another seed draws other maps; what can be refused is the same.
     return scale_up.grown_header(
       model, stage.model, init, seed=0, name=name, path=path
-    ).lineage
-  initial.check_same_architecture(config, stage.model, path=path)
-  return lineage
-
-
-def _trained(experiment: ExperimentConfig, name: str) -> Lineage:
-  """The lineage of the MODEL that a stage will leave."""
-  event = Event(
-    kind="train",
-    steps=budget.total_steps(experiment, name),
-    options=records.plain(experiment.stages[name].train),
+    )
+  initial.check_same_architecture(model.config, stage.model, path=path)
+  # A growth may put a mask on; a MODEL that is loaded keeps what it has.
+  masked = dataclasses.replace(
+    stage.model, growth_mask=model.config.growth_mask
   )
-  return _check_start(experiment, name).then(event)
+  return dataclasses.replace(model, config=masked)
+
+
+def _end(experiment: ExperimentConfig, name: str) -> StoredModel:
+  """The MODEL that a stage will leave, without arrays and tokenizer."""
+  start, train = _start(experiment, name), experiment.stages[name].train
+  steps = budget.total_steps(experiment, name)
+  event = Event(kind="train", steps=steps, options=records.plain(train))
+  return _without_arrays(
+    trained(
+      start.config, train, steps=steps, path=f"config.stages.{name}.train"
+    ),
+    start.lineage.then(event),
+  )
+
+
+def _without_arrays(config: ModelConfig, lineage: Lineage) -> StoredModel:
+  return StoredModel(config=config, lineage=lineage, params={}, tokenizer=None)

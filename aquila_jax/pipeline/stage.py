@@ -15,6 +15,8 @@ after the last of them.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from etils import epath
 
 from aquila_jax.core import config as config_lib
 from aquila_jax.core.lineage import Event, Lineage
+from aquila_jax.core.model_config import GrowthMask, ModelConfig
 from aquila_jax.core.model_dir import StoredModel, save_model
 from aquila_jax.core.moments import get_moments
 from aquila_jax.data.loader import DataState
@@ -34,6 +37,7 @@ from aquila_jax.pipeline.context import Context
 from aquila_jax.pipeline.initial import Start
 from aquila_jax.planning import counting
 from aquila_jax.training.checkpointing import check_same, saved_config
+from aquila_jax.training.growth_mask import mask_schedule, trained
 from aquila_jax.training.inputs import prepared_input
 from aquila_jax.training.loop import TrainJob, TrainResult, train
 from aquila_jax.training.state import InitialModel
@@ -48,6 +52,12 @@ class Opening:
   lineage: list[dict[str, Any]]  # before the training
   # Validation losses: of the source, and right after each method.
   transform_losses: dict[str, float]
+  # Of the model that the training starts from.
+  growth_mask: dict[str, Any] | None = None
+
+
+# An evaluator on a little validation text, of one architecture or another.
+_Evaluators = Callable[[ModelConfig], Evaluator]
 
 
 def run_stage(
@@ -77,19 +87,21 @@ def run_stage(
   if is_done(directory):
     context.say(f"{name}: done")
     return
-  evaluator = context.evaluator(
-    start.stage.model,
-    split="validation",
-    sequence_length=start.stage.train.sequence_length,
-    max_tokens=start.stage.train.evaluate_tokens,
+  evaluators = functools.cache(
+    functools.partial(
+      context.evaluator,
+      split="validation",
+      sequence_length=start.stage.train.sequence_length,
+      max_tokens=start.stage.train.evaluate_tokens,
+    )
   )
   initial = _Initial(start)
   if found is None:
-    opening = _open(start, initial.look(), evaluator)
+    opening = _open(start, initial.look(), evaluators)
     records.write(directory / "stage.json", dataclasses.asdict(opening))
   else:
     opening = Opening(**found)
-  job = _job(start, opening, directory, evaluator=evaluator, initial=initial)
+  job = _job(start, opening, directory, evaluators=evaluators, initial=initial)
   result = train(dataclasses.replace(job, profile_steps=profile_steps))
   _finish(start, opening, result, directory, save_optimizer=save_optimizer)
 
@@ -152,9 +164,11 @@ def _identity(start: Start) -> dict[str, Any]:
   )
 
 
-def _open(start: Start, model: StoredModel, evaluator: Evaluator) -> Opening:
+def _open(start: Start, model: StoredModel, evaluators: _Evaluators) -> Opening:
   """Measures the transform, and says what the stage starts with."""
-  losses = _transform_losses(start, model, evaluator)
+  mask = model.config.growth_mask
+  mask_schedule(start.stage.train, mask, path=f"{start.path}.train")
+  losses = _transform_losses(start, model, evaluators)
   steps = budget.total_steps(start.context.experiment, start.name)
   for line in _announcement(start, model, losses, steps):
     start.context.say(f"{start.name}: {line}")
@@ -163,28 +177,42 @@ def _open(start: Start, model: StoredModel, evaluator: Evaluator) -> Opening:
     total_steps=steps,
     lineage=records.plain(model.lineage.to_json()),
     transform_losses=losses,
+    growth_mask=records.plain(mask),
+  )
+
+
+def _model_config(start: Start, opening: Opening) -> ModelConfig:
+  """The architecture at the start of the training, also when it is resumed.
+
+  It is the stage's, under the growth mask of the model that the stage starts
+  from: the config of a stage says nothing of that.
+  """
+  mask = opening.growth_mask
+  return dataclasses.replace(
+    start.stage.model,
+    growth_mask=None
+    if mask is None
+    else config_lib.build(GrowthMask, mask, path="growth_mask"),
   )
 
 
 def _transform_losses(
-  start: Start, model: StoredModel, evaluator: Evaluator
+  start: Start, model: StoredModel, evaluators: _Evaluators
 ) -> dict[str, float]:
   """Validation loss of the source, and right after each method."""
   source, init = start.source, start.stage.init
   method = getattr(init, "method", "")
   if source is None or not method:
     return {}
-  of_source = start.context.evaluator(
-    source.config,
-    split="validation",
-    sequence_length=start.stage.train.sequence_length,
-    max_tokens=start.stage.train.evaluate_tokens,
-  )
-  losses = {"source": of_source(source.params)["loss"]}
+
+  def loss(found: StoredModel) -> float:
+    return evaluators(found.config)(found.params)["loss"]
+
+  losses = {"source": loss(source)}
   for other in getattr(init, "compare", ()):
     if other != method:
-      losses[other] = evaluator(start.model(other).params)["loss"]
-  losses[method] = evaluator(model.params)["loss"]
+      losses[other] = loss(start.model(other))
+  losses[method] = loss(model)
   return losses
 
 
@@ -206,6 +234,11 @@ def _announcement(
       )
     lines.append(moments)
     lines += _schedule_in_words(start, model, steps)
+  mask = model.config.growth_mask
+  if mask is not None:
+    after = trained(model.config, stage.train, steps=steps, path="").growth_mask
+    reached = 1.0 if after is None else after.value
+    lines.append(f"the growth mask rises from {mask.value:g} to {reached:g}")
   if losses:
     shown = ", ".join(
       f"{METHOD_NAMES.get(method, method)} {formats.loss(loss)}"
@@ -234,15 +267,20 @@ def _job(
   opening: Opening,
   directory: epath.Path,
   *,
-  evaluator: Evaluator,
+  evaluators: _Evaluators,
   initial: _Initial,
 ) -> TrainJob:
   context, stage = start.context, start.stage
+  model = _model_config(start, opening)
+  evaluator = evaluators(model)
+  mask = mask_schedule(
+    stage.train, model.growth_mask, path=f"{start.path}.train"
+  )
   lineage = Lineage.from_json(opening.lineage)
   seed = context.experiment.data.seed
   return TrainJob(
     stage=start.name,
-    model=stage.model,
+    model=model,
     train=stage.train,
     total_steps=opening.total_steps,
     mesh=context.mesh,
@@ -259,7 +297,9 @@ def _job(
     identity={
       key: opening.config[key] for key in ("init", "seed", "data", "data_seed")
     },
-    evaluate=lambda params, step: evaluator(params),
+    evaluate=lambda params, step: evaluator(
+      params, mask_value=None if mask is None else mask.at(step)
+    ),
     config_path=start.path,
   )
 
@@ -310,14 +350,20 @@ def _finish(
     data_state=result.data_state.to_json() | {"digest": digest, "seed": seed},
   )
   state = result.state
+  config = trained(
+    _model_config(start, opening),
+    stage.train,
+    steps=result.steps,
+    path=f"{start.path}.train",
+  )
   stored = StoredModel(
-    config=stage.model,
+    config=config,
     lineage=Lineage.from_json(opening.lineage).then(event),
     params=state.params,
     tokenizer=start.context.data.tokenizer_text,
     moments=get_moments(state.opt_state) if save_optimizer else None,
     ema=state.ema,
   )
-  axes = decoder_lm.parameter_axes(stage.model)
+  axes = decoder_lm.parameter_axes(config)
   save_model(directory / "model", stored, axes=axes)
   start.context.say(f"{start.name}: wrote {directory / 'model'}")

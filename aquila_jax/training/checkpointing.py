@@ -35,6 +35,8 @@ _TEMPORARY = ".orbax-checkpoint-tmp"
 # Of a TrainConfig: what may change between two starts of a run, since it does
 # not change a single bit of the parameters.
 _HARMLESS = ("log_every", "checkpoint", "evaluate_every", "evaluate_tokens")
+# And the fields that came later, as what was saved without them had them.
+_BEFORE = {"mask_steps": 0}
 
 JsonDict = dict[str, Any]
 
@@ -255,4 +257,4 @@ def _from_tree(tree: Mapping[str, Any], *, like: TrainState) -> TrainState:
 
 def _compared(saved: JsonDict) -> JsonDict:
   train = {k: v for k, v in saved["train"].items() if k not in _HARMLESS}
-  return {**saved, "train": train}
+  return {**saved, "train": _BEFORE | train}

@@ -30,6 +30,7 @@ from aquila_jax.training import step as step_lib
 from aquila_jax.training.checkpointing import Checkpoints, saved_config
 from aquila_jax.training.compilation import compile_step
 from aquila_jax.training.freezing import NewIndices, trainable_masks
+from aquila_jax.training.growth_mask import mask_schedule
 from aquila_jax.training.interruption import Interrupted, StopSignals
 from aquila_jax.training.metrics import MetricsWriter, Row, read_rows
 from aquila_jax.training.optimizers import learning_rate, make_optimizer
@@ -45,7 +46,7 @@ class TrainJob:
   """All that the training of one stage needs."""
 
   stage: str
-  model: ModelConfig
+  model: ModelConfig  # of a growth mask, with its value at step 0
   train: TrainConfig
   # Optimizer steps: train.steps, or what train.match_flops comes to.
   total_steps: int
@@ -196,6 +197,7 @@ def _build(job: TrainJob) -> _Program:
   shapes = decoder_lm.abstract_params(job.model)
   batch = step_lib.abstract_batch(config, mesh=job.mesh)
   inputs.check_batch_divides(config, like=batch, path=path)
+  mask_schedule(config, job.model.growth_mask, path=path)
   masks = trainable_masks(
     config.freeze,
     axes=axes,

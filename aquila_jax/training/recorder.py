@@ -149,6 +149,8 @@ class Recorder:
         window.language_nats[i], window.language_weight[i]
       )
     row |= _optimisation(last)
+    if last.growth_mask is not None:
+      row["growth_mask"] = float(last.growth_mask)
     if last.routing is not None:
       row |= routing_fields(last.routing)
     row |= self._rates(step)

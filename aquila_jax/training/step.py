@@ -18,6 +18,7 @@ from aquila_jax.models.decoder_lm import DecoderLM
 from aquila_jax.sharding.mesh import batch_sharding
 from aquila_jax.training import losses
 from aquila_jax.training.freezing import select
+from aquila_jax.training.growth_mask import mask_schedule
 from aquila_jax.training.optimizers import Schedule
 from aquila_jax.training.state import widen
 
@@ -38,6 +39,7 @@ class StepMetrics(struct.PyTreeNode):
   update_norm: Leaf  # float []; of the change, learning rate included
   learning_rate: Leaf  # float []
   finite: Leaf  # bool []; loss, gradients and new parameters
+  growth_mask: Leaf | None = None  # float []; None without a mask
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
@@ -55,8 +57,8 @@ def make_train_step(
   """The step as a pure function; `jit_train_step` compiles it.
 
   Args:
-    config: of the stage; accumulation, loss terms, EMA.
-    model: the architecture.
+    config: of the stage; accumulation, loss terms, EMA, growth mask.
+    model: the architecture; of a growth mask, with its value at step 0.
     optimizer: of `make_optimizer`.
     schedule: of `learning_rate`.
     masks: of `trainable_masks`.
@@ -67,8 +69,10 @@ def make_train_step(
   """
   decoder = DecoderLM(model)
   ema_decay = config.optimizer.ema_decay
+  mask = mask_schedule(config, model.growth_mask)
 
   def train_step(state, batch):
+    mask_value = None if mask is None else mask.traced(state.step)
     totals = losses.batch_totals(batch)
 
     def loss_fn(params, part):
@@ -77,6 +81,7 @@ def make_train_step(
         part.tokens,
         positions=part.positions,
         segments=part.segments,
+        mask_value=mask_value,
       )
       terms = losses.loss_terms(
         out.logits,
@@ -109,7 +114,14 @@ def make_train_step(
       rest = 1 - ema_decay
       ema = jax.tree.map(lambda e, n: e + rest * (n - e), ema, new)
       ema = select(masks, ema, otherwise=state.ema)
-    metrics = _metrics(terms, grads=grads, params=new, change=change, rate=rate)
+    metrics = _metrics(
+      terms,
+      grads=grads,
+      params=new,
+      change=change,
+      rate=rate,
+      mask_value=mask_value,
+    )
     return TrainState(
       step=state.step + 1, params=params, opt_state=opt_state, ema=ema
     ), metrics
@@ -157,6 +169,7 @@ def _metrics(
   params: Params,
   change: Params,
   rate: jax.Array,
+  mask_value: jax.Array | None = None,
 ) -> StepMetrics:
   gradient_norm = optax.tree.norm(grads)
   parameter_norm = optax.tree.norm(params)
@@ -177,6 +190,7 @@ def _metrics(
     update_norm=optax.tree.norm(change),
     learning_rate=rate,
     finite=finite[0] & finite[1] & finite[2],
+    growth_mask=mask_value,
   )
 
 

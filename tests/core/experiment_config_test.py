@@ -9,7 +9,7 @@ import pytest
 
 from aquila_jax.core import experiment_config as ec
 from aquila_jax.core.errors import UserError
-from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.core.model_config import GrowthMask, ModelConfig
 
 MODEL = ModelConfig(
   vocab_size=32,
@@ -90,6 +90,11 @@ REFUSED = [
     ec.OptimizerConfig,
     {"learning_rate": 1.0, "clip_norm": 0.0},
     "clip_norm=0.0: need > 0, or None for no clipping",
+  ),
+  (
+    ec.TrainConfig,
+    {**vars(TRAIN), "mask_steps": -1},
+    "mask_steps=-1: need >= 0",
   ),
   (ec.LossConfig, {"lm_z": -1.0}, "lm_z=-1.0: need >= 0"),
   (ec.CheckpointConfig, {"every_steps": 0}, "every_steps=0: need >= 1"),
@@ -201,6 +206,18 @@ def test_rows_longer_than_the_context_are_refused():
     )
   assert str(error.value) == (
     "train.sequence_length=65 exceeds model.context_length=64"
+  )
+
+
+def test_a_growth_mask_is_not_written_into_a_stage():
+  mask = GrowthMask(embed_dim=1, mlp_dim=1, num_kv_heads=1, queries_per_kv=1)
+  with pytest.raises(ValueError) as error:
+    ec.StageConfig(
+      model=dataclasses.replace(MODEL, growth_mask=mask), train=TRAIN
+    )
+  assert str(error.value) == (
+    "model.growth_mask: expected None; it is not set but comes from the model"
+    " that the stage starts from"
   )
 
 

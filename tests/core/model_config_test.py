@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from aquila_jax.core.model_config import ModelConfig, MoeConfig
+from aquila_jax.core import config
+from aquila_jax.core.model_config import GrowthMask, ModelConfig, MoeConfig
 
 
 def _model(**fields) -> ModelConfig:
@@ -58,6 +60,45 @@ def test_mixture_is_refused(fields, message):
   with pytest.raises(ValueError) as error:
     MoeConfig(**fields)
   assert str(error.value) == message
+
+
+def _mask(**fields) -> GrowthMask:
+  defaults: dict[str, Any] = dict(
+    embed_dim=6, mlp_dim=16, num_kv_heads=1, queries_per_kv=2
+  )
+  return GrowthMask(**(defaults | fields))
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"value": 1.5}, "value=1.5: need 0 <= value <= 1"),
+    ({"mlp_dim": 0}, "mlp_dim=0: need >= 1"),
+    ({"new_layers": (1, 0)}, "new_layers=(1, 0): need rising order, each once"),
+    ({"embed_dim": 9}, "growth_mask.embed_dim=9: need <= 8, the model's own"),
+    (
+      {"queries_per_kv": 3},
+      "growth_mask.queries_per_kv=3: need <= 2, the model's own",
+    ),
+    (
+      {"new_layers": (0, 2)},
+      "growth_mask.new_layers=(0, 2): need layers below num_layers=2",
+    ),
+  ],
+)
+def test_growth_mask_is_refused(fields, message):
+  with pytest.raises(ValueError) as error:
+    _model(growth_mask=_mask(**fields))
+  assert str(error.value) == message
+
+
+def test_a_growth_mask_comes_back_from_a_header_and_can_be_hashed():
+  model = _model(growth_mask=_mask(value=0.25, new_layers=(1,)))
+  header = json.loads(json.dumps(config.to_dict(model)))
+  found = config.build(ModelConfig, header)
+  assert found == model and hash(found) == hash(model)
+  del header["growth_mask"]  # of a MODEL of before there were any
+  assert config.build(ModelConfig, header) == _model()
 
 
 def test_query_heads_a_group():

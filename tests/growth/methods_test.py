@@ -13,7 +13,11 @@ import pytest
 from aquila_jax.core import errors
 from aquila_jax.core.axes import Role
 from aquila_jax.core.experiment_config import MeshConfig, ScaleUp
-from aquila_jax.core.model_config import LinearRopeScaling, ModelConfig
+from aquila_jax.core.model_config import (
+  GrowthMask,
+  LinearRopeScaling,
+  ModelConfig,
+)
 from aquila_jax.core.model_dir import StoredModel
 from aquila_jax.growth import axis_map, methods
 from aquila_jax.growth.growth import Growth
@@ -50,7 +54,7 @@ def _difference(
   """The largest change of a logit of the source's tokens."""
   source, grown = _grown(config, target, options)
   before = tiny.logits(config, source.params)
-  after = tiny.logits(target, grown.params)[:, : config.vocab_size]
+  after = tiny.logits(grown.config, grown.params)[:, : config.vocab_size]
   return float(np.abs(after - before).max() / np.abs(before).max())
 
 
@@ -123,6 +127,25 @@ PAIRS = {
     False,
   ),
   "solar": ({}, dict(num_layers=4), dict(method="fpi", depth="solar"), False),
+  "msg": ({}, UNEVEN | DEEP, dict(method="msg"), True),
+  "msg, whole groups, tied": (
+    TIED,
+    DOUBLE | DEEP,
+    dict(method="msg", depth="stack"),
+    True,
+  ),
+  "msg of a mixture": (
+    dict(moe=tiny.MOE, qk_norm=True),
+    UNEVEN,
+    dict(method="msg"),
+    True,
+  ),
+  "msg with layers that change places": (
+    {},
+    dict(num_layers=4),
+    dict(method="msg", layers=(1, 0, 2, 2)),
+    False,
+  ),
   "bert2bert": ({}, DOUBLE | DEEP, dict(method="bert2bert"), False),
   "aki where nothing is new": ({}, {}, dict(method="aki"), True),
   "aki of one layer": (
@@ -317,6 +340,45 @@ def test_moments_of_what_is_new_are_zero_and_norms_follow_their_factor():
     rest[old] = False
     assert not mu[name][rest].any()
     assert not nu[name][rest].any()
+
+
+def test_a_masked_growth_keeps_the_source_in_front_and_draws_the_rest():
+  target = tiny.replace(tiny.SOURCE, **UNEVEN, **DEEP)
+  source = tiny.stored(tiny.SOURCE)
+  grown = scale_up(source, target, _options(method="msg"))
+  mask = grown.config.growth_mask
+  assert mask is not None
+  # Layers 0 0 1 1 2.
+  assert mask == GrowthMask(
+    embed_dim=8,
+    mlp_dim=10,
+    num_kv_heads=2,
+    queries_per_kv=3,
+    new_layers=(1, 3),
+  )
+  assert grown.config == dataclasses.replace(target, growth_mask=mask)
+  assert grown.moments is not None
+  before = tiny.arrays(source.params)
+  after, mu = tiny.arrays(grown.params), tiny.arrays(grown.moments.mu)
+  for name, leaf in before.items():
+    stacked = name.startswith("layers/")
+    old = [0, 2, 4] if stacked else slice(None)
+    lead = tuple(slice(0, n) for n in leaf.shape[stacked:])
+    front = (slice(None), *lead) if stacked else lead
+    np.testing.assert_array_equal(after[name][old][front], leaf)
+    assert mu[name][old][front].any(), name
+    if not name.endswith("bias"):
+      rest = np.ones(after[name][old].shape, bool)
+      rest[front] = False
+      assert (after[name][old][rest] != 0).all(), name
+      assert not mu[name][old][rest].any()
+    if stacked:
+      assert not mu[name][[1, 3]].any()
+  with pytest.raises(errors.UserError) as caught:
+    scale_up(grown, tiny.replace(target, embed_dim=16), _options(method="fpi"))
+  assert str(caught.value).endswith(
+    "; train the source with mask_steps until its mask is 1"
+  )
 
 
 def test_new_tokens_are_the_mean_of_all_or_copies_that_are_given(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 from aquila_jax.core.errors import UserError
 from aquila_jax.core.model_config import (
+  GrowthMask,
   LinearRopeScaling,
   Llama3RopeScaling,
   ModelConfig,
@@ -476,6 +477,16 @@ EXPORTS_REFUSED: dict[str, tuple[ModelConfig, str]] = {
     dataclasses.replace(tiny.DENSE, out_bias=True, sliding_window=7),
     "model.sliding_window=7: the stock class with out_bias and no qk_norm,"
     " Llama, has no window; expected None",
+  ),
+  "a growth mask": (
+    dataclasses.replace(
+      tiny.DENSE,
+      growth_mask=GrowthMask(
+        value=0.25, embed_dim=1, mlp_dim=1, num_kv_heads=1, queries_per_kv=1
+      ),
+    ),
+    "model.growth_mask: its value is 0.25; no stock class has a mask, expected"
+    " None; train the model on with train.mask_steps until the mask is 1",
   ),
 }
 

@@ -64,6 +64,17 @@ def test_gradient_equals_the_derivative():
   )
 
 
+def test_a_mask_weighs_the_mean_and_the_output():
+  x, scale = _inputs()
+  mask = np.array([1.0] * 10 + [0.25] * 6, np.float32)
+  found: Any = _norm().apply(
+    {"params": {"scale": jnp.asarray(scale)}}, jnp.asarray(x), jnp.asarray(mask)
+  )
+  mean = np.sum(mask * x**2, axis=-1, keepdims=True) / 11.5  # 10 + 6 / 4
+  expected = mask * x / np.sqrt(mean + 1e-5) * scale
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_half_precision_is_normalised_in_float32():
   x, scale = _inputs()
   half = jnp.asarray(x, jnp.bfloat16)

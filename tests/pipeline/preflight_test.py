@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
+
 import pytest
 
+from aquila_jax.core import config as config_lib
 from aquila_jax.core import errors
+from aquila_jax.core.lineage import Event, Lineage
+from aquila_jax.core.model_config import GrowthMask
 from aquila_jax.pipeline.preflight import (
   check_config,
   check_data,
@@ -74,6 +80,11 @@ def _check(kit, tmp_path, changes) -> None:
       " most the steps of the stage and the 8 before it, 12",
     ),
     (
+      dict(stages__scale_out__train__mask_steps=3),
+      "config.stages.scale_out.train.mask_steps=3: expected 0; the model that"
+      " the stage starts from has no growth_mask that could rise",
+    ),
+    (
       dict(evaluation__prompts=("the " * 60,)),
       f"prompt='{'the ' * 9}t...': has 62 tokens; expected fewer than the"
       " model's context_length=32",
@@ -131,3 +142,58 @@ def test_what_needs_no_data_is_refused_before_there_are_any(kit, tmp_path):
   with pytest.raises(errors.UserError, match="warmup_steps=99: expected"):
     kit.run(tmp_path / "run", data__prepared="", **warmup)
   assert not (tmp_path / "run").exists()
+
+
+def _masked_header(kit, folder: pathlib.Path) -> str:
+  """A MODEL of the stage `dense` under a mask, without its arrays."""
+  mask = GrowthMask(
+    value=0.5, embed_dim=12, mlp_dim=24, num_kv_heads=1, queries_per_kv=2
+  )
+  model = config_lib.to_dict(kit.experiment().stages["dense"].model)
+  model["growth_mask"] = config_lib.to_dict(mask)
+  folder.mkdir()
+  lineage = Lineage(events=(Event(kind="scratch", name="dense"),))
+  header = dict(format=1, model=model, lineage=lineage.to_json())
+  (folder / "config.json").write_text(json.dumps(header))
+  return str(folder)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (
+      dict(stages__dense__train__mask_steps=0),
+      "config.stages.dense.train.mask_steps=0: expected at least 1",
+    ),
+    # 0.5 + 4 / 9 is not 1 when the next stage grows it.
+    (
+      dict(stages__dense__train__mask_steps=9),
+      "config.stages.scale_up.model.growth_mask=None: expected the source's",
+    ),
+    (
+      dict(
+        stages__dense__train__mask_steps=9,
+        pipeline=("dense", "scale_out"),
+        stages__scale_out__init__source="dense",
+        stages__scale_out__model__num_layers=2,
+        stages__scale_out__model__embed_dim=16,
+        stages__scale_out__model__num_heads=2,
+      ),
+      "config.stages.scale_out.model.growth_mask=None: expected the source's",
+    ),
+    (dict(stages__dense__train__mask_steps=8), None),
+  ],
+)
+def test_a_growth_mask_is_followed_through_the_stages(
+  kit, tmp_path, changes, message
+):
+  source = _masked_header(kit, tmp_path / "masked")
+  experiment = kit.experiment(
+    stages__dense__init=dict(kind="load", path=source), **changes
+  )
+  if message is None:
+    check_config(experiment, stages=experiment.pipeline)
+    return
+  with pytest.raises(errors.UserError) as caught:
+    check_config(experiment, stages=experiment.pipeline)
+  assert str(caught.value).startswith(message)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
+import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from etils import epath
 
 from aquila_jax.core import errors
 from aquila_jax.core.experiment_config import Load
-from aquila_jax.core.model_dir import load_model
+from aquila_jax.core.model_dir import load_model, read_header
 from aquila_jax.models import decoder_lm
 from aquila_jax.pipeline.context import Context
 from aquila_jax.pipeline.initial import Start
@@ -230,6 +233,73 @@ def test_new_only_trains_what_scale_up_added_and_nothing_else(
   query = changed["layers/attention/query_kernel"]  # [L, D, K, G, H]
   assert not query[[0, 2], :16, :, :2].any()
   assert query[0, :16, :, 2:].any()
+
+
+def _masked(source: pathlib.Path, target: pathlib.Path) -> str:
+  """A copy of a MODEL whose last dimensions and layer are new."""
+  shutil.copytree(source, target)
+  file = target / "config.json"
+  header = json.loads(file.read_text())
+  header["model"]["growth_mask"] = dict(
+    embed_dim=12,
+    mlp_dim=20,
+    num_kv_heads=1,
+    queries_per_kv=1,
+    new_layers=[1],
+  )
+  file.write_text(json.dumps(header))
+  return str(target)
+
+
+def test_the_mask_of_a_model_rises_in_a_stage_and_stays_with_its_model(
+  kit, whole, tmp_path
+):
+  source = _masked(whole.workdir / "stages/dense/model", tmp_path / "masked")
+  changes: dict[str, Any] = dict(
+    stages__dense__train__mask_steps=8, stages__dense__train__evaluate_every=4
+  )
+  messages: list[str] = []
+  context = kit.context(tmp_path / "data", messages, **changes)
+  start = _start(context, "dense", source)
+  first = epath.Path(tmp_path / "one")
+  run_stage(start, first)
+  assert "dense: the growth mask rises from 0 to 0.5" in messages
+  half = _load(tmp_path / "one/model")
+  mask = half.config.growth_mask
+  assert mask is not None
+  assert (mask.value, mask.embed_dim, mask.new_layers) == (0.5, 12, (1,))
+  shown = [row["growth_mask"] for row in read_rows(first / "metrics.jsonl")]
+  assert shown == [0.0, 0.125, 0.25, 0.375]
+  # The last validation saw what the MODEL computes, not what it had begun as.
+  evaluator = context.evaluator(
+    half.config, split="validation", sequence_length=32, max_tokens=256
+  )
+  (row,) = read_rows(first / "validation.jsonl")
+  assert row["loss"] == evaluator(half.params)["loss"]
+  assert row["loss"] != evaluator(half.params, mask_value=0.0)["loss"]
+
+  # A stage that is started again knows the mask that it began with.
+  shutil.rmtree(first / "model")
+  run_stage(start, first)
+  assert read_header(first / "model").config == half.config
+  # And one that loads the MODEL goes on from where that mask stands.
+  following = _start(context, "dense", str(first / "model"))
+  assert following.model().config == half.config
+
+
+def test_a_mask_without_steps_is_refused_before_anything_is_written(
+  kit, whole, tmp_path
+):
+  source = _masked(whole.workdir / "stages/dense/model", tmp_path / "masked")
+  context = kit.context(tmp_path / "data")
+  with pytest.raises(errors.UserError) as caught:
+    run_stage(_start(context, "dense", source), epath.Path(tmp_path / "run"))
+  assert str(caught.value) == (
+    "config.stages.dense.train.mask_steps=0: expected at least 1; the model"
+    " that the stage starts from has a growth_mask of value 0, which training"
+    " raises to 1, by 1 in so many steps"
+  )
+  assert not (tmp_path / "run").exists()
 
 
 def test_what_is_measured_of_a_start_does_not_depend_on_the_order(kit, whole):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from aquila_jax.core.types import TrainState
 from aquila_jax.sharding.mesh import make_mesh
 from aquila_jax.training.checkpointing import (
   Checkpoints,
+  check_same,
   saved_config,
 )
 
@@ -180,6 +182,12 @@ def test_harmless_fields_may_change(directory, config, tiny):
     _save(saved, 2, config)
     restored, _ = saved.restore(_abstract(_state(2.0)), config=other)
   assert int(restored.step) == 2
+
+
+def test_a_checkpoint_of_before_there_were_growth_masks_fits(directory, config):
+  old = copy.deepcopy(config)
+  del old["train"]["mask_steps"], old["model"]["growth_mask"]
+  check_same(old, config, what=directory, path="config.stages.a")
 
 
 # Saves step 1 whole, then is killed as soon as step 2 stands half-written.

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from aquila_jax.core import errors
 from aquila_jax.core.experiment_config import (
@@ -15,6 +16,7 @@ from aquila_jax.core.experiment_config import (
   FreezeConfig,
   OptimizerConfig,
 )
+from aquila_jax.core.model_config import GrowthMask
 from aquila_jax.training.interruption import Interrupted
 from aquila_jax.training.loop import train
 from aquila_jax.training.metrics import read_rows
@@ -150,6 +152,40 @@ def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(
   validations = _rows(job, "validation.jsonl")
   assert validations == _rows(whole_job, "validation.jsonl")
   assert [row["step"] for row in validations] == [2, 4, 6, 7]
+
+
+def test_a_growth_mask_rises_and_goes_on_where_it_was_stopped(tiny, tmp_path):
+  mask = GrowthMask(
+    embed_dim=12,
+    mlp_dim=20,
+    num_kv_heads=1,
+    queries_per_kv=1,
+    new_layers=(0,),
+  )
+  model = tiny.model(growth_mask=mask)
+  config = tiny.config(
+    steps=4,
+    mask_steps=3,
+    num_microbatches=2,
+    log_every=1,
+    checkpoint=CheckpointConfig(every_steps=2, every_seconds=0.0),
+  )
+  whole_job = tiny.job(tmp_path / "a", model=model, config=config)
+  job = dataclasses.replace(whole_job, workdir=epath.Path(tmp_path / "b"))
+  whole = train(whole_job)
+  with pytest.raises(_Crash):
+    train(_meddled(job, _crash_at(4)))
+  _assert_same_bits(train(job).state, whole.state)
+  rows = _rows(job)
+  assert rows == _rows(whole_job)
+  # The update under which the loss of a row was taken began at step - 1.
+  np.testing.assert_allclose(
+    [row["growth_mask"] for row in rows], [0, 1 / 3, 2 / 3, 1], rtol=1e-6
+  )
+  # And what is new learns.
+  table = np.asarray(whole.state.params["embedding"]["table"])
+  start = np.asarray(tiny.params(model)["embedding"]["table"])
+  assert np.max(np.abs(table - start)[:, 12:]) > 1e-3
 
 
 def test_the_best_and_the_last_are_saved(unbroken):
@@ -441,6 +477,11 @@ def test_another_config_is_refused(tiny, tmp_path):
       " a model that was grown by copying; its lineage has no scale_up, or the"
       " last one has no copies (method='random', or an earlier version of this"
       " package)",
+    ),
+    (
+      {"mask_steps": 9},
+      "config.stages.tiny.train.mask_steps=9: expected 0; the model that the"
+      " stage starts from has no growth_mask that could rise",
     ),
     (
       {"batch_size": 9},

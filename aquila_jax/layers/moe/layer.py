@@ -25,9 +25,17 @@ class MoeFeedForward(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "B T D"], *, segments: Int[Array, "B T"]
+    self,
+    x: Float[Array, "B T D"],
+    *,
+    segments: Int[Array, "B T"],
+    mask: Float[Array, "F"] | None = None,
   ) -> tuple[Float[Array, "B T D"], RoutingStats]:
-    """Segment 0 is padding: it is routed nowhere and gives zeros."""
+    """Segment 0 is padding: it is routed nowhere and gives zeros.
+
+    `mask` says how much each hidden unit of an expert counts; None is in full.
+    The shared expert has none.
+    """
     moe = self.config.moe
     assert moe is not None
     tokens = x.reshape(-1, x.shape[-1])  # (B, T, D) -> (M, D)
@@ -37,7 +45,7 @@ class MoeFeedForward(nn.Module):
     plan = dispatch.make_dispatcher(moe).dispatch(routing)
     rows = expert_ffn.expert_ffn(
       dispatch.gather_rows(tokens, plan),
-      self._kernels(moe.num_experts, x.dtype),
+      self._kernels(moe.num_experts, x.dtype, mask=mask),
       block_expert=plan.block_expert,
       num_blocks=plan.num_blocks,
     )
@@ -48,9 +56,11 @@ class MoeFeedForward(nn.Module):
     stats = losses.routing_stats(routing, kept=plan.kept)
     return out.reshape(x.shape), stats
 
-  def _kernels(self, num_experts: int, dtype: jnp.dtype):
+  def _kernels(
+    self, num_experts: int, dtype: jnp.dtype, *, mask: Float[Array, "F"] | None
+  ):
     """Gate, up, down: the dense FFN's leaves with `expert` in front."""
-    return tuple(
+    gate, up, down = (
       self.param(
         name,
         axes.declare(
@@ -59,6 +69,8 @@ class MoeFeedForward(nn.Module):
         ),
         (num_experts, *feed_forward.kernel_shape(self.config, name)),
         jnp.dtype(self.config.param_dtype),
-      ).astype(dtype)
+      )
       for name, leaf_axes in feed_forward.KERNEL_AXES.items()
     )
+    down = feed_forward.mask_rows(down, mask)
+    return gate.astype(dtype), up.astype(dtype), down.astype(dtype)
