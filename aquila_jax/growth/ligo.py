@@ -14,29 +14,26 @@ with one matrix for every dimension that grew:
   M_read   [target, source] for each width axis, of all leaves that read it
   M_depth  [L_target, L_source] for each leaf that is stacked over layers
 
-This is the paper's factorisation (sections 3.2 and 3.3): depth after width,
-Kronecker factors for the two sides of a matrix, the width matrices shared by
-all layers, the depth matrix by the elements of one kind of leaf. Learning it is
-pipeline/learned_growth.py.
+This is the paper's factorisation (section 3): depth apart from width, and width
+as Kronecker factors for the two sides of a matrix, shared by all leaves of an
+axis. Learning it is pipeline/learned_growth.py.
 
 At first M_write is the one-hot of the axis' index map, M_read the same over the
 counts, and M_depth the one-hot of the depth rule: `init_operator` is FPI with
 that rule, and preserves what that preserves (scale_up.py). What has been
 learned preserves nothing.
 
-Where we differ from the paper and its code:
+Where we differ from the paper, and from its code (VITA-Group/LiGO):
 - Reads have matrices of their own. The paper ties them to the transposed write
-  matrices, which keeps a function only with counts on one side.
+  matrices; without counts on one side that preserves no function at the start.
+- It starts as FPI, and all rows are learned. The code keeps the source as the
+  first rows and learns the new ones, from random mixtures of the source.
 - Heads are mixed as whole heads, by a matrix over key/value heads and one over
-  the heads in a group: RoPE ties the elements of a head to each other. Queries,
-  keys and values share them as they share the axes; the paper has a matrix for
-  each of the three.
-- All rows are learned. The code learns the new ones only, which it starts as
-  random mixtures of the source, and keeps the old ones.
-- A norm's scale is grown by the write matrix of its axis, as in the paper; in
-  front of a tied head, where it reads, by the read matrix.
-- A biased projection's kernel and bias have a depth matrix each, as in the
-  code.
+  the heads of a group, for RoPE ties the elements of a head to each other.
+  Queries, keys and values share them as they share the axes, and so do all
+  layers; the code has one for each of the three in each layer.
+As there, a norm's scale is grown as what writes its axis, but in front of a
+tied head, where it reads; and kernels and biases have depth matrices each.
 """
 
 from __future__ import annotations
@@ -100,19 +97,16 @@ def init_operator(
   for _, leaf in named:
     for name in grown:
       assert not leaf.has(name, Role.NEITHER), f"{name} is indexed by"
-  one_hot = {name: _one_hot(m) for name, m in grown.items()}
-  stacked = (
-    []
-    if _is_identity(layers)
-    else [path_name(path) for path, leaf in named if leaf.has("layer")]
-  )
+  stacked = []
+  if not _is_identity(layers):
+    stacked = [path_name(path) for path, leaf in named if leaf.has("layer")]
   return Operator(
-    writes={name: jnp.asarray(m, dtype) for name, m in one_hot.items()},
+    writes={name: _one_hot(m, dtype) for name, m in grown.items()},
     reads={
-      name: jnp.asarray(m / grown[name].divisors[:, None], dtype)
-      for name, m in one_hot.items()
+      name: _one_hot(m, dtype) / jnp.asarray(m.divisors[:, None], dtype)
+      for name, m in grown.items()
     },
-    depth={name: jnp.asarray(_one_hot(layers), dtype) for name in stacked},
+    depth={name: _one_hot(layers, dtype) for name in stacked},
   )
 
 
@@ -120,9 +114,10 @@ def _is_identity(axis_map: AxisMap) -> bool:
   return np.array_equal(axis_map.source, np.arange(axis_map.source_size))
 
 
-def _one_hot(axis_map: AxisMap) -> np.ndarray:
-  """[target, source]: 1 where the target index copies the source index."""
-  return np.eye(axis_map.source_size)[axis_map.source]
+def _one_hot(axis_map: AxisMap, dtype: Any) -> Float[Array, "target source"]:
+  """1 where the target index copies the source index."""
+  source = jnp.asarray(axis_map.source)
+  return jax.nn.one_hot(source, axis_map.source_size, dtype=dtype)
 
 
 def split_copies(
