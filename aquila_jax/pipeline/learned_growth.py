@@ -13,6 +13,19 @@ begins after them instead, so no batch is seen twice: `Learned.recorded` puts
 the position into the lineage, where the training of a stage looks for its own.
 Steps, tokens and FLOPs go there as well, as training, which they are.
 
+The defaults of LigoConfig were chosen on the quickstart's dense model (64 to
+128 wide, 4 to 6 layers; validation loss 5.221, grown by FPI 5.446), one run
+each:
+
+  100 steps, learning rate 0.03, 0.1, 0.3   5.193, 5.190, 5.211
+  200 and 300 steps at 0.1                  5.170, 5.161
+  100 steps at 0.1 without noise            5.191
+  FPI, and training of as many FLOPs        5.254
+
+What counts comes later: after 300 more steps of training it is at 5.063
+(without noise 5.069), FPI and training of as many FLOPs at 5.055. There it
+saved nothing.
+
 Nothing is written before the end. A signal ends the process as it would any,
 and the next start learns anew: from the same seed, on the same batches, to the
 same numbers.
