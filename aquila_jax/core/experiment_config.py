@@ -18,6 +18,7 @@ GROWTH_METHODS = (
   "hypercloning",
   "lemon",
   "msg",
+  "ligo",
   "random",
 )
 WidthMap = Literal["circular", "random"]
@@ -56,6 +57,33 @@ class Load:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LigoConfig:
+  """The learning of a growth; see pipeline/learned_growth.py."""
+
+  steps: int = 100
+  # Peak; a matrix gets it over the number of source indices that a row mixes,
+  # so that one number serves all widths.
+  learning_rate: float = 0.1
+  # Noise that tells the copies of an index apart and cancels between them, as a
+  # share of the norm of a row of the operator. 0 is none.
+  noise: float = 0.1
+  # Sequences a step; 0 is what the stage's training holds at once, a
+  # microbatch.
+  batch_size: int = 0
+  sequence_length: int = 0  # tokens; 0 is that of the stage's training
+
+  def __post_init__(self):
+    require(self.steps >= 1, f"steps={self.steps}: need >= 1")
+    require(
+      self.learning_rate > 0, f"learning_rate={self.learning_rate}: need > 0"
+    )
+    require(0 <= self.noise <= 1, f"noise={self.noise}: need 0 <= noise <= 1")
+    for name in ("batch_size", "sequence_length"):
+      value = getattr(self, name)
+      require(value >= 0, f"{name}={value}: need >= 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ScaleUp:
   """Grow width and depth from a source; see growth/scale_up.py."""
 
@@ -84,6 +112,7 @@ class ScaleUp:
   # Whether the target may have another rope_theta or rope_scaling.
   context: Literal["keep", "extend"] = "keep"
   optimizer: OptimizerRule = "grow"
+  ligo: LigoConfig = LigoConfig()
   # Further methods whose loss right after growth is recorded beside.
   compare: tuple[str, ...] = ()
 
@@ -299,6 +328,13 @@ class StageConfig:
       not isinstance(self.init, ScaleOut) or self.model.moe is not None,
       "model.moe=None: init.kind='scale_out' fills experts; give model.moe",
     )
+    if isinstance(self.init, ScaleUp):
+      length = self.init.ligo.sequence_length
+      require(
+        length <= self.model.context_length,
+        f"init.ligo.sequence_length={length} exceeds model.context_length="
+        f"{self.model.context_length}",
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ class Event:
   kind: str  # "scratch", "import", "scale_up", "scale_out" or "train"
   name: str = ""  # of the stage
   parent: str = ""  # the MODEL it came from, as it was given
-  # Of a transform, all its options; of training, the TrainConfig.
+  # Of a transform, all its options (of a learned one, what it learned too); of
+  # training, the TrainConfig.
   options: dict[str, Any] = dataclasses.field(default_factory=dict)
   steps: int = 0
   tokens: int = 0
@@ -34,7 +35,8 @@ class Event:
   growth: dict[str, Any] | None = None
   # Of a growth that copies: for each axis of width the map, as `copy_runs`.
   copies: dict[str, list[list[int]]] = dataclasses.field(default_factory=dict)
-  # Of training: the position in the data where it ended.
+  # Of training, and of a growth that was learned: the position in the data
+  # where it ended.
   data_state: dict[str, Any] | None = None
 
 

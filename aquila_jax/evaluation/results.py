@@ -196,6 +196,11 @@ METHOD_NAMES = {
   "fpi": "FPI",
   "aki": "AKI",
   "aki_pro": "AKI-Pro",
+  "bert2bert": "bert2BERT",
+  "hypercloning": "HyperCloning",
+  "lemon": "LEMON",
+  "msg": "MSG",
+  "ligo": "LiGO",
   "random": "random",
   "sparse_upcycling": "sparse upcycling",
 }

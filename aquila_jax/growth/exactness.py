@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,23 @@ class Exactness:
   exact: bool
   reasons: tuple[str, ...]  # why not; none where it is exact
   notes: tuple[str, ...] = ()  # what else changes
+
+  def to_json(self) -> dict[str, Any]:
+    """For the lineage."""
+    return {
+      "exact": self.exact,
+      "reasons": list(self.reasons),
+      "notes": list(self.notes),
+    }
+
+  @classmethod
+  def from_json(cls, fields: Mapping[str, Any]) -> Exactness:
+    """Of `to_json`; other fields may stand beside them."""
+    return cls(
+      exact=fields["exact"],
+      reasons=tuple(fields["reasons"]),
+      notes=tuple(fields["notes"]),
+    )
 
   def in_words(self) -> str:
     words = (
@@ -67,6 +86,7 @@ def predict(
     The prediction, with its reasons.
   """
   reasons = [
+    *(["its maps are learned on the target's loss"] if growth.learned else []),
     *_width_reasons(growth),
     *_norm_reasons(growth, source, target),
     *_source_reasons(growth),

@@ -44,6 +44,8 @@ class Growth:
   # Whether the model starts under a growth mask of 0 (models/growth_mask.py),
   # which is all that its new indices and layers then count.
   masked: bool = False
+  # Whether the maps are only where a learned operator starts (ligo.py).
+  learned: bool = False
 
   @property
   def maps(self) -> dict[str, AxisMap]:

@@ -21,6 +21,9 @@
   msg          the source as it is; what is new is drawn, and masked until
                training has raised its mask. Masked Structural Growth (arXiv
                2305.02869); models/growth_mask.py.
+  ligo         a linear operator that is learned on the target's loss; it starts
+               as fpi with depth by interpolation. LiGO (arXiv 2303.00980);
+               ligo.py. It needs text, so it is a stage of a pipeline.
   random       the target's initialisation; nothing of the source but its
                tokenizer.
 
@@ -253,6 +256,15 @@ def msg(pair: Pair) -> Growth:
   )
 
 
+def ligo(pair: Pair) -> Growth:
+  if pair.vocab() is not None:
+    raise errors.UserError(
+      f"{pair.path}.vocab_size={pair.new['vocab']}: expected the source's"
+      f" {pair.old['vocab']}; method='ligo' learns no rows of new tokens"
+    )
+  return dataclasses.replace(fpi(pair), learned=True)
+
+
 METHODS: dict[str, Method] = {
   "fpi": fpi,
   "aki": aki,
@@ -261,6 +273,7 @@ METHODS: dict[str, Method] = {
   "hypercloning": hypercloning,
   "lemon": lemon,
   "msg": msg,
+  "ligo": ligo,
 }
 # What makes no maps of the source.
 OTHERS = ("random",)

@@ -109,10 +109,10 @@ def check_pair(
   Raises:
     errors.UserError: naming the field, its value, what was expected and why.
   """
-  if options.method == "random" and options.optimizer == "grow":
+  if options.method in ("random", "ligo") and options.optimizer == "grow":
     raise errors.UserError(
-      "optimizer='grow': expected 'reset'; method='random' keeps no parameter"
-      " that moments could belong to"
+      f"optimizer='grow': expected 'reset'; method={options.method!r} keeps no"
+      " parameter that moments could belong to"
     )
   kept = dict(_KEPT)
   if options.context == "keep":
@@ -260,6 +260,7 @@ def scale_up(
       header, params=initialise(key=jax.random.key(seed))
     )
   growth = make_growth(source.config, target, options, seed=seed, path=path)
+  refuse_learned(growth)
   by_leaf = None
   if shardings is not None:
     by_leaf = dict(
@@ -290,6 +291,19 @@ def scale_up(
     ),
     ema=None if source.ema is None else grown("ema", source.ema),
   )
+
+
+def refuse_learned(growth: Growth) -> None:
+  """Refuses a growth that is more than its maps.
+
+  Raises:
+    errors.UserError: saying what can make it.
+  """
+  if growth.learned:
+    raise errors.UserError(
+      "method='ligo': it is learned on text; expected a stage of a config, run"
+      " by train or efficient_scale"
+    )
 
 
 def grown_header(
@@ -344,9 +358,7 @@ class Plan:
     """For the lineage."""
     return {
       "method": self.method,
-      "exact": self.exactness.exact,
-      "reasons": list(self.exactness.reasons),
-      "notes": list(self.exactness.notes),
+      **self.exactness.to_json(),
       "axes": self.axes,
       "parameters": list(self.parameters),
     }

@@ -130,6 +130,7 @@ def grown_trees(
   growth = scale_up.make_growth(
     source.model.config, target, options, seed=seed, path=path
   )
+  scale_up.refuse_learned(growth)
   return {
     role: GrownTree(
       reader,

@@ -11,6 +11,7 @@ from aquila_jax.core.experiment_config import (
   StageConfig,
 )
 from aquila_jax.core.model_dir import read_header
+from aquila_jax.pipeline.learned_growth import operator_training, planned_flops
 from aquila_jax.planning import counting
 
 
@@ -66,6 +67,7 @@ def source_of(stage: StageConfig) -> str:
 def _flops_with_ancestors(experiment: ExperimentConfig, name: str) -> float:
   stage = experiment.stages[name]
   own = total_steps(experiment, name) * step_flops(stage)
+  own += _learning_flops(experiment, name)
   parent = parent_stage(experiment, name)
   if parent:
     return own + _flops_with_ancestors(experiment, parent)
@@ -74,3 +76,18 @@ def _flops_with_ancestors(experiment: ExperimentConfig, name: str) -> float:
     what = f"config.stages.{name}.init"
     own += read_header(source, what=what).lineage.flops
   return own
+
+
+def _learning_flops(experiment: ExperimentConfig, name: str) -> float:
+  """What a stage's growth takes, where it is learned."""
+  stage = experiment.stages[name]
+  if not isinstance(stage.init, ScaleUp) or stage.init.method != "ligo":
+    return 0.0
+  source = stage.init.source
+  if source in experiment.stages:
+    config = experiment.stages[source].model
+  else:
+    what = f"config.stages.{name}.init.source"
+    config = read_header(source, what=what).config
+  train = operator_training(stage.init.ligo, stage.train)
+  return planned_flops(config, stage.model, train)

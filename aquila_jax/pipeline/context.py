@@ -8,14 +8,16 @@ import os
 import sys
 import zlib
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from etils import epath
 from jax.sharding import Mesh
 
 from aquila_jax.core import errors
 from aquila_jax.core.experiment_config import DataConfig, ExperimentConfig
+from aquila_jax.core.lineage import Lineage
 from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.data.loader import DataState
 from aquila_jax.data.prepare import prepare
 from aquila_jax.data.prepared import PreparedData
 from aquila_jax.evaluation.perplexity import Evaluator
@@ -36,6 +38,35 @@ class Context:
   def stage_seed(self, name: str) -> int:
     """Of a stage's initialisation or growth; no two stages share one."""
     return zlib.crc32(f"{self.experiment.seed}/{name}".encode()) >> 1
+
+  @property
+  def data_identity(self) -> dict[str, Any]:
+    """What a position in the data is a position of."""
+    return {
+      "digest": self.data.digest,
+      "seed": self.experiment.data.seed,
+    }
+
+  def data_state(self, lineage: Lineage, *, name: str) -> DataState:
+    """Where a model's last training left these data, or their beginning.
+
+    Args:
+      lineage: of the model.
+      name: of the stage, for what is said.
+
+    Returns:
+      The position.
+    """
+    state = lineage.data_state
+    if state is None:
+      return DataState.start(self.data)
+    if {key: state[key] for key in self.data_identity} == self.data_identity:
+      return DataState.from_json(state)
+    self.say(
+      f"{name}: the model was trained on other data; these are read from their"
+      " beginning"
+    )
+    return DataState.start(self.data)
 
   def evaluator(
     self,

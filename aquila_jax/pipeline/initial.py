@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -15,6 +16,7 @@ from aquila_jax.core.experiment_config import (
   ScaleUp,
   Scratch,
   StageConfig,
+  TrainConfig,
 )
 from aquila_jax.core.lineage import Event, Lineage
 from aquila_jax.core.model_config import ModelConfig
@@ -25,10 +27,12 @@ from aquila_jax.core.model_dir import (
   read_tokenizer,
 )
 from aquila_jax.growth.scale_out import scale_out
-from aquila_jax.growth.scale_up import scale_up
+from aquila_jax.growth.scale_up import grown_header, make_growth, scale_up
 from aquila_jax.models import decoder_lm
 from aquila_jax.pipeline.budget import source_of
 from aquila_jax.pipeline.context import Context
+from aquila_jax.pipeline.learned_growth import GrowthJob, learn_growth
+from aquila_jax.training.inputs import prepared_input
 
 # What a MODEL may be trained with other than it was made with.
 _FREE = ("context_length", "init_std", "remat", "param_dtype", "compute_dtype")
@@ -92,13 +96,51 @@ class Start:
       return scale_out(
         self.source, target, init, seed=seed, name=self.name, path=model_path
       )
+    options = init if method is None else with_method(init, method)
+    if options.method == "ligo":
+      return self._learned(self.source, options, seed=seed)
     return scale_up(
-      self.source,
-      target,
-      init if method is None else with_method(init, method),
-      seed=seed,
-      name=self.name,
-      path=model_path,
+      self.source, target, options, seed=seed, name=self.name, path=model_path
+    )
+
+  def _learned(
+    self, source: StoredModel, options: ScaleUp, *, seed: int
+  ) -> StoredModel:
+    """A growth that is learned on the text of the stage."""
+    context, target = self.context, self.stage.model
+    chosen: dict[str, Any] = dict(seed=seed, path=f"{self.path}.model")
+    header = grown_header(source, target, options, name=self.name, **chosen)
+    growth = make_growth(source.config, target, options, **chosen)
+
+    def batches(train: TrainConfig):
+      state = context.data_state(source.lineage, name=self.name)
+      order = context.experiment.data.seed
+      text = prepared_input(context.data, train=train, seed=order)
+      return text.batches(state)
+
+    learned = learn_growth(
+      GrowthJob(
+        name=self.name,
+        source=source,
+        target=target,
+        width=growth.width,
+        layers=growth.layers.copies,
+        config=options.ligo,
+        train=self.stage.train,
+        mesh=context.mesh,
+        batches=batches,
+        seed=seed,
+        path=f"{self.path}.init.ligo",
+      )
+    )
+    event = learned.recorded(
+      header.lineage.events[-1], data_identity=context.data_identity
+    )
+    return dataclasses.replace(
+      header,
+      lineage=source.lineage.then(event),
+      params=learned.params,
+      ema=learned.ema,
     )
 
   def _scratch(self, seed: int) -> StoredModel:

@@ -27,13 +27,12 @@ from aquila_jax.core.lineage import Event, Lineage
 from aquila_jax.core.model_config import GrowthMask, ModelConfig
 from aquila_jax.core.model_dir import StoredModel, save_model
 from aquila_jax.core.moments import get_moments
-from aquila_jax.data.loader import DataState
 from aquila_jax.evaluation import formats
 from aquila_jax.evaluation.perplexity import Evaluator
 from aquila_jax.evaluation.results import METHOD_NAMES
+from aquila_jax.growth.exactness import Exactness
 from aquila_jax.models import decoder_lm
 from aquila_jax.pipeline import budget, records
-from aquila_jax.pipeline.context import Context
 from aquila_jax.pipeline.initial import Start
 from aquila_jax.planning import counting
 from aquila_jax.training.checkpointing import check_same, saved_config
@@ -239,6 +238,13 @@ def _announcement(
     after = trained(model.config, stage.train, steps=steps, path="").growth_mask
     reached = 1.0 if after is None else after.value
     lines.append(f"the growth mask rises from {mask.value:g} to {reached:g}")
+  growth = model.lineage.events[-1].growth if model.lineage.events else None
+  if growth is not None:
+    exact = Exactness.from_json(growth)
+    lines.append(
+      f"{METHOD_NAMES.get(growth['method'], growth['method'])},"
+      f" predicted {exact.in_words()}"
+    )
   if losses:
     shown = ", ".join(
       f"{METHOD_NAMES.get(method, method)} {formats.loss(loss)}"
@@ -286,7 +292,7 @@ def _job(
     mesh=context.mesh,
     workdir=directory,
     input=prepared_input(context.data, train=stage.train, seed=seed),
-    data_state=_data_state(context, lineage, name=start.name),
+    data_state=context.data_state(lineage, name=start.name),
     initial=initial.take,
     flops_per_token=counting.train_flops_per_token(
       stage.model, stage.train.sequence_length
@@ -302,24 +308,6 @@ def _job(
     ),
     config_path=start.path,
   )
-
-
-def _data_state(context: Context, lineage: Lineage, *, name: str) -> DataState:
-  """Where the model's last training left these data, or their beginning."""
-  state = lineage.data_state
-  if state is None:
-    return DataState.start(context.data)
-  if (state["digest"], state["seed"]) == _data_identity(context):
-    return DataState.from_json(state)
-  context.say(
-    f"{name}: the model was trained on other data; these are read from their"
-    " beginning"
-  )
-  return DataState.start(context.data)
-
-
-def _data_identity(context: Context) -> tuple[str, int]:
-  return context.data.digest, context.experiment.data.seed
 
 
 def _finish(
@@ -339,7 +327,6 @@ def _finish(
     "wall_s": result.wall_s,
   }
   records.write(directory / "result.json", numbers)
-  digest, seed = _data_identity(start.context)
   event = Event(
     kind="train",
     name=start.name,
@@ -347,7 +334,7 @@ def _finish(
     steps=result.steps,
     tokens=result.tokens,
     flops=result.flops,
-    data_state=result.data_state.to_json() | {"digest": digest, "seed": seed},
+    data_state=result.data_state.to_json() | start.context.data_identity,
   )
   state = result.state
   config = trained(

@@ -56,6 +56,20 @@ REFUSED = [
     "depth='stack': method='aki_pro' is AKI with depth='interpolate'; use"
     " method='aki' for another depth rule",
   ),
+  (ec.LigoConfig, {"steps": 0}, "steps=0: need >= 1"),
+  (ec.LigoConfig, {"learning_rate": 0.0}, "learning_rate=0.0: need > 0"),
+  (ec.LigoConfig, {"noise": 1.5}, "noise=1.5: need 0 <= noise <= 1"),
+  (ec.LigoConfig, {"batch_size": -1}, "batch_size=-1: need >= 0"),
+  (ec.LigoConfig, {"sequence_length": -1}, "sequence_length=-1: need >= 0"),
+  (
+    ec.StageConfig,
+    {
+      "model": MODEL,
+      "train": TRAIN,
+      "init": ec.ScaleUp(source="a", ligo=ec.LigoConfig(sequence_length=65)),
+    },
+    "init.ligo.sequence_length=65 exceeds model.context_length=64",
+  ),
   (
     ec.OptimizerConfig,
     {"learning_rate": 0.0},

@@ -9,6 +9,7 @@ from aquila_jax.core.lineage import Event, Lineage
 from aquila_jax.core.model_dir import StoredModel, save_model
 from aquila_jax.models import decoder_lm
 from aquila_jax.pipeline import budget
+from aquila_jax.pipeline.learned_growth import operator_training, planned_flops
 from tests.growth import tiny
 
 
@@ -32,6 +33,27 @@ def test_flops_of_a_step_by_hand(kit):
   a_token = 3 * (2 * weights + 4 * 2 * 2 * 8 * 32)
   stage = kit.experiment().stages["dense"]
   assert budget.step_flops(stage) == 8 * 32 * a_token
+
+
+def test_what_a_learned_growth_takes_counts_too(kit):
+  plain = kit.experiment()
+  learned = kit.experiment(
+    stages__scale_up__init__method="ligo",
+    stages__scale_up__init__optimizer="reset",
+    stages__scale_up__init__ligo=dict(steps=9),
+  )
+  stages = learned.stages
+  took = planned_flops(
+    stages["dense"].model,
+    stages["scale_up"].model,
+    operator_training(stages["scale_up"].init.ligo, stages["scale_up"].train),
+  )
+  a_step = budget.step_flops(stages["control"])
+  assert took > 2 * a_step
+  more = budget.total_steps(learned, "control") - budget.total_steps(
+    plain, "control"
+  )
+  assert abs(more * a_step - took) <= a_step
 
 
 def test_steps_as_given(kit):

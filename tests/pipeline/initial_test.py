@@ -8,11 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from aquila_jax.core.experiment_config import ScaleUp, Scratch
+from aquila_jax.core.errors import UserError
+from aquila_jax.core.experiment_config import LigoConfig, ScaleUp, Scratch
 from aquila_jax.growth.scale_out import scale_out
 from aquila_jax.growth.scale_up import scale_up
 from aquila_jax.models import decoder_lm
 from aquila_jax.pipeline.initial import Start, with_method
+from aquila_jax.pipeline.learned_growth import operator_training, planned_flops
 
 
 def _start(kit, whole, name: str) -> Start:
@@ -80,6 +82,49 @@ def test_aki_pro_to_compare_with_a_stack_interpolates():
   other = with_method(init, "aki_pro")
   assert (other.method, other.depth) == ("aki_pro", None)
   assert with_method(init, "fpi").depth == "stack"
+
+
+def test_a_learned_growth_takes_text_and_says_what_it_took(kit, whole):
+  start = _start(kit, whole, "scale_up")
+  assert start.source is not None
+  assert isinstance(start.stage.init, ScaleUp)
+  init = dataclasses.replace(
+    start.stage.init,
+    method="ligo",
+    optimizer="reset",
+    ligo=LigoConfig(steps=2),
+  )
+  stage = dataclasses.replace(start.stage, init=init)
+  start = dataclasses.replace(start, stage=stage)
+  model, source = start.model(), start.source
+  assert source is not None
+  event = model.lineage.events[-1]
+  assert (event.kind, event.steps, event.tokens) == ("scale_up", 2, 2 * 8 * 32)
+  assert event.flops == planned_flops(
+    source.config, stage.model, operator_training(init.ligo, stage.train)
+  )
+  assert event.growth is not None
+  assert (
+    event.growth["reasons"][0] == "its maps are learned on the target's loss"
+  )
+  # Its batches come after those of the source, and the stage's after them.
+  positions = [
+    start.context.data_state(lineage, name="scale_up").rows
+    for lineage in (source.lineage, model.lineage)
+  ]
+  assert positions[1] > positions[0] > 0
+  assert model.config == stage.model
+  jax.tree.map(
+    lambda leaf, like: np.testing.assert_equal(leaf.shape, like.shape),
+    model.params,
+    decoder_lm.abstract_params(stage.model),
+  )
+  with pytest.raises(UserError) as caught:
+    scale_up(source, stage.model, init)
+  assert str(caught.value) == (
+    "method='ligo': it is learned on text; expected a stage of a config, run by"
+    " train or efficient_scale"
+  )
 
 
 def test_scratch_knows_no_source(kit, whole):
