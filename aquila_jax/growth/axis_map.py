@@ -31,10 +31,9 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
-from aquila_jax.core import dtypes
-from aquila_jax.core.axes import LeafAxes, Role
+from aquila_jax.core.axes import Role
 from aquila_jax.core.lineage import copy_runs
 
 EMPTY = -1
@@ -206,79 +205,6 @@ class Powers:
 
 # Adam's moments have powers of their own: optimizer_state.py.
 PARAMETERS = Powers(reads=1, writes=0, norm=1, draws=True)
-
-
-def map_axes(
-  leaf: Float[np.ndarray, "*source"],
-  axes: LeafAxes,
-  maps: AxisMaps,
-  *,
-  powers: Powers = PARAMETERS,
-  dtype: np.dtype | None = None,
-) -> Float[np.ndarray, "*target"]:
-  """Copies a leaf along every axis that has a map, and divides by the counts.
-
-  Args:
-    leaf: a parameter, or anything that is shaped as one.
-    axes: its declared axes.
-    maps: by axis name; an axis without one stays.
-    powers: of the counts; by default those of a parameter.
-    dtype: of the result; that of `leaf` by default.
-
-  Returns:
-    The grown leaf, divided in at least float32; zeros at indices that copy
-    nothing.
-  """
-  growing = [
-    (dim, axis.role, maps[axis.name])
-    for dim, axis in enumerate(axes.axes)
-    if axis.name in maps and not maps[axis.name].is_identity
-  ]
-  # Divided before it is copied: there is less of it, and what is copied is
-  # rounded already.
-  wide = np.dtype(dtypes.at_least_float32(leaf.dtype))
-  values, result_dtype = leaf, leaf.dtype if dtype is None else dtype
-  for dim, role, g in growing:
-    assert leaf.shape[dim] == g.source_size, (axes.names[dim], leaf.shape)
-    power = powers.of(role)
-    if power and (g.counts > 1).any():
-      # An index that is copied nowhere is divided by nothing.
-      divisors = np.maximum(g.counts, 1).astype(wide) ** power
-      values = values.astype(wide, copy=False)
-      values = values / along(dim, divisors, rank=leaf.ndim)
-  values = values.astype(result_dtype, copy=False)
-  for dim, _, g in growing:
-    values = _copy(values, g, dim)
-  return values
-
-
-def _copy(values: np.ndarray, g: AxisMap, dim: int) -> np.ndarray:
-  """values[g] along a dimension; zeros where g is EMPTY."""
-  shape = list(values.shape)
-  shape[dim] = g.target_size
-  copied = np.empty(shape, values.dtype)
-  # Whole runs of indices are copied at the speed of memory.
-  breaks = np.flatnonzero(np.diff(g.source) != 1) + 1
-  starts = np.concatenate([[0], breaks])
-  if g.has_empty or len(starts) > max(16, g.target_size // 16):
-    places = np.maximum(g.source, 0)
-    np.take(values, places, axis=dim, out=copied, mode="clip")
-    copied[_at(dim, g.is_empty)] = 0
-    return copied
-  for start, stop in zip(starts, [*breaks, g.target_size], strict=True):
-    first = int(g.source[start])
-    run = slice(first, first + int(stop - start))
-    copied[_at(dim, slice(start, stop))] = values[_at(dim, run)]
-  return copied
-
-
-def _at(dim: int, index: slice | np.ndarray) -> tuple[slice | np.ndarray, ...]:
-  return (*[slice(None)] * dim, index)
-
-
-def along(dim: int, vector: np.ndarray, *, rank: int) -> np.ndarray:
-  """`vector` as an array of `rank` dimensions that varies along `dim` only."""
-  return vector.reshape([-1 if d == dim else 1 for d in range(rank)])
 
 
 def axis_sizes(axes: object, shapes: object) -> dict[str, int]:

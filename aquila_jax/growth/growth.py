@@ -21,9 +21,16 @@ from aquila_jax.core.model_config import (
   GrowthMask,
   ModelConfig,
 )
-from aquila_jax.growth import axis_map
 from aquila_jax.growth.axis_map import AxisMap, AxisMaps, Powers
 from aquila_jax.growth.depth import LayerMap
+from aquila_jax.growth.matrix import (
+  Columns,
+  Side,
+  bits,
+  blocks,
+  divided,
+  make_side,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,7 +124,7 @@ class Growth:
       own: of the layer that is copied.
       above: of the layer above it; unused where `takes_next_layer` is not.
       axes: of the whole leaf, `layer` and `expert` in front.
-      powers: as for `axis_map.map_axes`.
+      powers: of the tree, by which counts are divided.
       rng: for what is drawn.
       silent: whether the layer is one that adds nothing.
       dtype: of the slice; it is computed in at least float32.
@@ -125,33 +132,43 @@ class Growth:
     Returns:
       The slice.
     """
-    rest, silent = _inside(axes), silent and _writes_residual(axes)
-    noise = self.layers.silent_noise if silent else self.noise
-    noisy = powers.draws and noise > 0 and self._reads_copies(axes)
-    scaled = axes.is_norm_scale and self._scale_factor(rest) != 1
-    wide = np.dtype(dtypes.at_least_float32(own.dtype))
-
-    def mapped(values: np.ndarray) -> np.ndarray:
-      between = wide if noisy or scaled else dtype
-      return axis_map.map_axes(
-        values, rest, self.width, powers=powers, dtype=between
+    rest = tuple(axis for axis in axes.axes if not is_stacked(axis))
+    reads = sum(axis.role is not Role.WRITES for axis in rest)
+    assert all(axis.role is Role.WRITES for axis in rest[reads:]), axes
+    rows, columns = (
+      make_side(
+        part,
+        shape,
+        self.width,
+        powers=powers,
+        from_next_layer=self.from_next_layer
+        if axes.has("layer")
+        else frozenset(),
       )
-
-    grown = mapped(own)
-    if self.takes_next_layer(axes):
-      grown = np.where(self._new_outputs(rest), mapped(above), grown)
-    if noisy:
-      level = noise * _rms(grown)
-      shares = np.zeros_like(grown) if silent else grown
-      grown = shares + wide.type(level) * self._noise(rng, grown, rest)
-    elif silent:
-      grown = np.zeros_like(grown)
-    if scaled:
-      grown = grown * wide.type(self._scale_factor(rest) ** powers.norm)
-    drawn = self._drawn(rest)
-    if powers.draws and drawn is not None:
-      grown = np.where(drawn, _new_entries(rng, grown, own, axes), grown)
-    return grown.astype(dtype, copy=False)
+      for part, shape in (
+        (rest[:reads], own.shape[:reads]),
+        (rest[reads:], own.shape[reads:]),
+      )
+    )
+    source = (-1, int(np.prod(own.shape[reads:], dtype=int)))
+    own, above = own.reshape(source), above.reshape(source)
+    filler = _Filler(
+      own, above, rows=rows, columns=columns, powers=powers, dtype=dtype
+    )
+    silent = silent and _writes_residual(axes)
+    noise = self.layers.silent_noise if silent else self.noise
+    if axes.is_norm_scale:
+      factor = self._scale_factor(rest) ** powers.norm
+      filler.copy(factor=factor)
+    elif powers.draws and noise > 0 and axes.is_map:
+      filler.copy_with_noise(rng, noise=noise, silent=silent)
+    elif not silent:
+      filler.copy()
+    filler.clear()
+    is_bias = not (axes.is_map or axes.is_norm_scale or axes.has("vocab"))
+    if powers.draws and not is_bias:
+      filler.draw(rng, is_norm_scale=axes.is_norm_scale)
+    return filler.out.reshape(rows.shape + columns.shape)
 
   def _grown(self, axes: LeafAxes, role: Role) -> Iterator[str]:
     """The axes that the leaf has in a role, and that gain indices."""
@@ -160,76 +177,194 @@ class Growth:
         if self.width[axis.name].is_new.any():
           yield axis.name
 
-  def _new_outputs(self, axes: LeafAxes) -> np.ndarray:
-    """True where a written index is new and takes the next layer's value."""
-    new = np.zeros([1] * len(axes.axes), bool)
-    for dim, axis in enumerate(axes.axes):
-      if axis.role is Role.WRITES and axis.name in self.from_next_layer:
-        is_new = self.width[axis.name].is_new
-        new = new | axis_map.along(dim, is_new, rank=len(axes.axes))
-    return new
-
-  def _reads_copies(self, axes: LeafAxes) -> bool:
-    """Whether a leaf maps, and reads what there are several of."""
-    return axes.is_map and any(
-      (self.width[name].counts > 1).any()
-      for name in self._grown(axes, Role.READS)
-    )
-
-  def _noise(
-    self, rng: np.random.Generator, like: np.ndarray, axes: LeafAxes
-  ) -> np.ndarray:
-    """Noise that sums to zero over the copies of whatever is read.
-
-    Its variance is (C - 1) / C where an index has C copies; what has one copy,
-    or is one, has no noise.
-    """
-    noise = rng.standard_normal(like.shape, like.dtype)
-    mean = noise
-    for dim, axis in enumerate(axes.axes):
-      if axis.role is Role.READS and axis.name in self.width:
-        mean = _mean_of_copies(mean, self.width[axis.name], dim)
-    noise = noise - mean
-    for dim, axis in enumerate(axes.axes):
-      # What is written by zeros stays so.
-      if axis.role is Role.WRITES and axis.name in self.width:
-        empty = self.width[axis.name].is_empty
-        noise = noise * axis_map.along(dim, ~empty, rank=noise.ndim)
-    return noise
-
-  def _scale_factor(self, axes: LeafAxes) -> float:
+  def _scale_factor(self, axes: tuple[Axis, ...]) -> float:
     """What a norm's scale is multiplied by."""
-    (axis,) = axes.axes
+    (axis,) = axes
     if axis.name not in self.width or self.masked:
       return 1.0
     factor = self.width[axis.name].mean_square_factor
     return 1.0 if factor is None else float(np.sqrt(factor))
 
-  def _drawn(self, axes: LeafAxes) -> np.ndarray | None:
-    """True where an entry is drawn, None where none is.
 
-    An entry is new where any index of it is; it stays zero where one of these
-    stands on the silent side of its axis. A bias is zero.
-    """
-    rank = len(axes.axes)
-    new, zero = np.zeros([1] * rank, bool), np.zeros([1] * rank, bool)
-    for dim, axis in enumerate(axes.axes):
-      if axis.name not in self.width:
+class _Filler:
+  """Fills a slice of a grown leaf, seen as a matrix (matrix.py).
+
+  Args:
+    own: of the layer that is copied.
+    above: of the next one.
+    rows: what the leaf reads, or is indexed by.
+    columns: what it writes.
+    powers: of the tree.
+    dtype: of the slice.
+  """
+
+  def __init__(
+    self,
+    own: Float[np.ndarray, "in out"],
+    above: Float[np.ndarray, "in out"],
+    *,
+    rows: Side,
+    columns: Side,
+    powers: Powers,
+    dtype: np.dtype,
+  ):
+    self._own, self._above = own, above
+    self._rows, self._columns = rows, columns
+    self._wide = np.dtype(dtypes.at_least_float32(own.dtype))
+    self._copier = Columns(columns)
+    # Along columns only moments are divided, and these are wide.
+    self._column_divisor = columns.divisor.astype(self._wide)
+    del powers
+    # Zeros of the system's cost nothing where they are written over.
+    self.out = np.zeros((rows.size, columns.size), dtype)
+
+  def copy(self, *, factor: float = 1.0) -> None:
+    """Copies and divides every entry; `factor` is of a norm's scale."""
+    self._copy_rows(np.arange(self._rows.size), factor=factor)
+
+  def _copy_rows(self, places: np.ndarray, *, factor: float = 1.0) -> None:
+    rows, out = self._rows, self.out
+    in_order = len(places) == rows.size
+    plain = factor == 1 and (self._column_divisor == 1).all()
+    dtype = out.dtype if plain else self._wide
+    for block in blocks(len(places), width=self._columns.size):
+      here = block if in_order else places[block]
+      source, divisor = rows.source[here], rows.divisor[here]
+      own, above = (
+        bits(divided(part, divisor, wide=self._wide, dtype=dtype))
+        for part in self._parts(source)
+      )
+      if in_order and plain:
+        self._copier.copy(own, above, into=bits(out)[here])
         continue
-      g = self.width[axis.name]
-      empty = axis_map.along(dim, g.is_empty, rank=rank)
-      new = new | empty
-      if axis.role is g.silent and not axes.is_norm_scale:
-        zero = zero | empty
-    drawn = new & ~zero
-    is_bias = not (axes.is_map or axes.is_norm_scale or axes.has("vocab"))
-    return None if is_bias or not drawn.any() else drawn
+      part = np.empty((len(source), out.shape[1]), dtype)
+      self._copier.copy(own, above, into=bits(part))
+      if not plain:
+        part = part * self._wide.type(factor) / self._column_divisor
+      out[here] = part
 
+  def _parts(self, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of both layers; of the next one only where it is used."""
 
-def _inside(axes: LeafAxes) -> LeafAxes:
-  """The axes of a slice: without the stacks in front."""
-  rest = tuple(axis for axis in axes.axes if not is_stacked(axis))
-  return dataclasses.replace(axes, axes=rest)
+    def taken(values: np.ndarray) -> np.ndarray:
+      return bits(values)[source].view(values.dtype)
+
+    own = taken(self._own)
+    return own, taken(self._above) if self._copier.needs_above else own
+
+  def copy_with_noise(
+    self, rng: np.random.Generator, *, noise: float, silent: bool
+  ) -> None:
+    """Copies with noise that sums to zero over the copies of what is read.
+
+    Of C copies it has (C - 1) / C of the variance; what has one has none.
+
+    Args:
+      rng: of the noise.
+      noise: relative to the root mean square of the shares.
+      silent: leave the shares out.
+    """
+    rows, out, wide = self._rows, self.out, self._wide
+    order = np.argsort(np.where(rows.empty, -1, rows.source), kind="stable")
+    order = order[int(rows.empty.sum()) :]
+    counts = np.bincount(rows.source[order])[rows.source[order]]
+    if not silent:
+      # Those of one copy, and those of none.
+      alone = np.concatenate([order[counts == 1], np.flatnonzero(rows.empty)])
+      self._copy_rows(np.sort(alone))
+    order, counts = order[counts > 1], counts[counts > 1]
+    level = wide.type(noise * self._root_mean_square())
+    live = (~self._columns.empty).astype(wide)
+    for block in self._whole_groups(order, counts):
+      here = order[block]
+      source, divisor = rows.source[here], rows.divisor[here]
+      shares = np.zeros((len(here), out.shape[1]), wide)
+      if not silent:
+        own, above = (
+          divided(part, divisor, wide=wide, dtype=wide)
+          for part in self._parts(source)
+        )
+        self._copier.copy(own, above, into=shares)
+      drawn = rng.standard_normal(shares.shape, wide)
+      firsts = np.flatnonzero(np.diff(source, prepend=-1))
+      sizes = np.diff(firsts, append=len(here))
+      means = np.add.reduceat(drawn, firsts, axis=0)
+      means /= sizes.astype(wide)[:, None]
+      drawn -= np.repeat(means, sizes, axis=0)
+      drawn *= level * live  # what is written by zeros stays so
+      out[here] = shares + drawn
+
+  def _whole_groups(
+    self, order: np.ndarray, counts: np.ndarray
+  ) -> Iterator[slice]:
+    """Blocks of rows in which no source row's copies are torn apart."""
+    start = 0
+    for block in blocks(len(order), width=self._columns.size):
+      stop = block.stop
+      if stop < len(order):
+        # To the end of the group that the block ends in.
+        group = self._rows.source[order[stop - 1]]
+        while stop < len(order) and self._rows.source[order[stop]] == group:
+          stop += 1
+      if stop > start:
+        yield slice(start, stop)
+      start = max(start, stop)
+    del counts
+
+  def _root_mean_square(self) -> float:
+    """Of the shares, over all that is copied."""
+    rows, columns = self._rows, self._columns
+    by_row = np.bincount(
+      rows.source[~rows.empty],
+      weights=rows.divisor[~rows.empty] ** -2.0,
+      minlength=len(self._own),
+    )
+    by_column = np.bincount(
+      columns.source[~columns.empty], minlength=self._own.shape[1]
+    ).astype(self._wide)
+    total = 0.0
+    for block in blocks(*self._own.shape[:1], width=self._own.shape[1]):
+      part = self._own[block].astype(self._wide)
+      total += float(by_row[block] @ (np.square(part) @ by_column))
+    copied = int((~rows.empty).sum()) * int((~columns.empty).sum())
+    return float(np.sqrt(total / max(copied, 1)))
+
+  def clear(self) -> None:
+    """Zeros where nothing is copied."""
+    for side, index in (
+      (self._rows, (self._rows.empty,)),
+      (self._columns, (slice(None), self._columns.empty)),
+    ):
+      if side.empty.any():
+        self.out[index] = 0
+
+  def draw(self, rng: np.random.Generator, *, is_norm_scale: bool) -> None:
+    """Values for new entries, of the size of those that are there.
+
+    An entry is new where its row or its column is; it stays zero where one of
+    these stands on the silent side of its axis. Normal, with the root mean
+    square of the source's slice; of a norm's scale its mean magnitude, since a
+    scale of zero never trains what it multiplies.
+    """
+    rows, columns = self._rows, self._columns
+    if not (rows.empty.any() or columns.empty.any()):
+      return
+    wide, own = self._wide, self._own.astype(self._wide, copy=False)
+    if is_norm_scale:
+      self.out[rows.empty[:, None] | columns.empty[None]] = np.mean(np.abs(own))
+      return
+    size = wide.type(np.sqrt(np.mean(np.square(own), dtype=np.float64)))
+    for places, others in (
+      (np.flatnonzero(rows.drawn), np.flatnonzero(~columns.zero)),
+      (
+        np.flatnonzero(~rows.empty),
+        np.flatnonzero(columns.drawn),
+      ),
+    ):
+      for block in blocks(len(places), width=len(others)):
+        here = places[block]
+        drawn = rng.standard_normal((len(here), len(others)), wide)
+        self.out[np.ix_(here, others)] = size * drawn
 
 
 def is_stacked(axis: Axis) -> bool:
@@ -244,42 +379,3 @@ def _writes_residual(axes: LeafAxes) -> bool:
     and axes.has("embed", Role.WRITES)
     and not axes.is_norm_scale
   )
-
-
-def _rms(values: np.ndarray) -> float:
-  wide = values.astype(dtypes.at_least_float32(values.dtype), copy=False)
-  return float(np.sqrt(np.mean(np.square(wide), dtype=np.float64)))
-
-
-def _mean_of_copies(values: np.ndarray, g: AxisMap, dim: int) -> np.ndarray:
-  """Every entry's mean over all entries that copy the same index as it."""
-  # What copies nothing is a group of its own, and its noise zero.
-  groups = np.where(
-    g.is_empty, g.source_size + np.arange(g.target_size), g.source
-  )
-  order = np.argsort(groups, kind="stable")
-  firsts = np.flatnonzero(np.diff(groups[order], prepend=-1))
-  sums = np.add.reduceat(np.take(values, order, axis=dim), firsts, axis=dim)
-  sizes = np.diff(firsts, append=len(order)).astype(values.dtype)
-  means = sums / axis_map.along(dim, sizes, rank=values.ndim)
-  group_of = np.empty(len(order), int)
-  group_of[order] = np.repeat(
-    np.arange(len(firsts)), np.diff(firsts, append=len(order))
-  )
-  return np.take(means, group_of, axis=dim)
-
-
-def _new_entries(
-  rng: np.random.Generator, like: np.ndarray, own: np.ndarray, axes: LeafAxes
-) -> np.ndarray:
-  """Values for new entries, of the size of those that are there.
-
-  Normal, with the root mean square of the source's slice; of a norm's scale
-  its mean magnitude, since a scale of zero never trains what it multiplies.
-  """
-  wide = np.dtype(dtypes.at_least_float32(own.dtype))
-  if axes.is_norm_scale:
-    mean = np.mean(np.abs(own.astype(wide, copy=False)))
-    return np.broadcast_to(mean, like.shape).astype(like.dtype)
-  drawn = wide.type(_rms(own)) * rng.standard_normal(like.shape, wide)
-  return drawn.astype(like.dtype)
