@@ -16,7 +16,6 @@ import datetime
 import functools
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 import statistics
@@ -32,6 +31,7 @@ from absl import app, flags
 from aquila_jax.core.model_config import MoeConfig
 from aquila_jax.kernels.expert_ffn import cpu_loop, reference
 from aquila_jax.layers.moe import dispatch, router
+from benchmarks.machine import device
 
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Measurements of everything.", 1)
 _OUTPUT = flags.DEFINE_string("output", None, "A JSON file to write.")
@@ -213,7 +213,7 @@ def measure(rounds: int) -> dict[str, Any]:
   return dict(
     benchmark="expert_ffn_cpu",
     date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-    device=_device(),
+    device=device(),
     versions=dict(
       python=platform.python_version(),
       jax=jax.__version__,
@@ -232,18 +232,6 @@ def measure(rounds: int) -> dict[str, Any]:
 
 def _rounded(value: float) -> float:
   return float(f"{value:.3g}")
-
-
-def _device() -> str:
-  """The processor's name, where Linux tells it, and how many cores."""
-  name = platform.machine()
-  cpuinfo = pathlib.Path("/proc/cpuinfo")
-  if cpuinfo.exists():
-    for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-      if line.startswith("model name"):
-        name = line.partition(":")[2].strip()
-        break
-  return f"{name}, {os.cpu_count()} cores"
 
 
 def _table(report: dict[str, Any]) -> str:

@@ -26,7 +26,6 @@ import importlib.util
 import json
 import os
 import pathlib
-import platform
 import statistics
 import tempfile
 import time
@@ -46,6 +45,7 @@ from aquila_jax.generation.sampling import Sampling
 from aquila_jax.generation.tokens import generate_tokens
 from aquila_jax.interop.export_model import export_model
 from aquila_jax.models import decoder_lm
+from benchmarks.machine import device
 
 _MODEL = flags.DEFINE_string("model", None, "A MODEL; random without it.")
 _BATCH_SIZES: Any = flags.DEFINE_list("batch_sizes", ["1", "8"], "Of a call.")
@@ -267,18 +267,6 @@ def _range(values: list[float]) -> list[float]:
   return [_rounded(min(values)), _rounded(max(values))]
 
 
-def _device() -> str:
-  """The processor's name, where Linux tells it, and how many cores."""
-  name = platform.machine()
-  cpuinfo = pathlib.Path("/proc/cpuinfo")
-  if cpuinfo.exists():
-    for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-      if line.startswith("model name"):
-        name = line.partition(":")[2].strip()
-        break
-  return f"{name}, {os.cpu_count()} cores"
-
-
 def _table(report: dict[str, Any]) -> str:
   lines = [
     f"{report['device']}; matmul {report['matmul_gflops']:g} GFLOP/s, memory"
@@ -312,7 +300,7 @@ def _report() -> dict[str, Any]:
   return dict(
     benchmark="generation_cpu",
     date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-    device=_device(),
+    device=device(),
     versions={
       name: importlib.metadata.version(name)
       for name in ("jax", "jaxlib", "torch", "transformers")

@@ -117,6 +117,14 @@ class ScaleUp:
   compare: tuple[str, ...] = ()
 
   def __post_init__(self):
+    for field, names in (("method", (self.method,)), ("compare", self.compare)):
+      for name in names:
+        near = errors.nearest(name, GROWTH_METHODS)
+        require(
+          name in GROWTH_METHODS or ":" in name,
+          f"{field}={name!r} is unknown; {near} (expected one of"
+          f" {', '.join(GROWTH_METHODS)}, or module:function)",
+        )
     require(
       self.method != "aki_pro"
       or (self.depth in (None, "interpolate") and not self.layers),

@@ -32,6 +32,7 @@ from aquila_jax.models import decoder_lm
 from aquila_jax.pipeline.budget import source_of
 from aquila_jax.pipeline.context import Context
 from aquila_jax.pipeline.learned_growth import GrowthJob, learn_growth
+from aquila_jax.sharding.rules import param_shardings
 from aquila_jax.training.inputs import prepared_input
 
 # What a MODEL may be trained with other than it was made with.
@@ -100,7 +101,25 @@ class Start:
     if options.method == "ligo":
       return self._learned(self.source, options, seed=seed)
     return scale_up(
-      self.source, target, options, seed=seed, name=self.name, path=model_path
+      self.source,
+      target,
+      options,
+      seed=seed,
+      name=self.name,
+      path=model_path,
+      shardings=self._shardings(),
+    )
+
+  def _shardings(self) -> Any:
+    """Where the stage's parameters lie; None on a single device."""
+    mesh = self.context.mesh
+    if mesh.size == 1:
+      return None
+    config = self.stage.model
+    return param_shardings(
+      decoder_lm.parameter_axes(config),
+      decoder_lm.abstract_params(config),
+      mesh,
     )
 
   def _learned(

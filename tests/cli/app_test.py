@@ -51,7 +51,9 @@ def test_help_of_every_verb_names_its_flags_and_ends_with_0(commands):
     "import_hf": "source output param_dtype tokenizer",
     "prepare_data": "config output",
     "scale_out": "source output num_experts top_k method optimizer seed",
-    "scale_up": "config stage source output method optimizer seed",
+    "scale_up": "config stage target source output method depth layers"
+    " width_map maps aki_residual split_noise optimizer tokenizer seed"
+    " [no]check check_file check_tokens [no]dry_run",
     "train": "config stage workdir init_from profile_steps [no]save_optimizer",
   }
   for verb, one in zip(VERBS, found, strict=True):

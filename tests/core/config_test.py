@@ -41,6 +41,7 @@ TYPOS = [
   ("data.cleaning", "min_charaters", "min_characters"),
   ("stages.dense", "modle", "model"),
   ("stages.scale_up.init", "methode", "method"),
+  ("stages.scale_up.init.ligo", "step", "steps"),
   ("stages.scale_out.init", "optimiser", "optimizer"),
   ("stages.dense.model", "num_layer", "num_layers"),
   ("stages.scale_out.model.moe", "topk", "top_k"),
