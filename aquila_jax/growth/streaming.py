@@ -30,8 +30,8 @@ from aquila_jax.models import decoder_lm
 
 Progress = Callable[[str], None]
 
-# Slices that are written while the next one is grown.
-_AT_ONCE = 2
+# Slices on their way at the same time: one is read, one grown, one written.
+_AT_ONCE = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -256,13 +256,9 @@ def _stream(
     leaves = list(_leaves(writer, stored.config))
     for number, (leaf, tree) in enumerate(leaves, 1):
       for index, make in slices(leaf):
-        part = make().astype(leaf.spec.dtype, copy=False)
         while len(pending) >= _AT_ONCE:
           pending.popleft().result()
-        write = functools.partial(
-          tree.write, leaf.prefix + leaf.name, part, index=index
-        )
-        pending.append(pool.submit(write))
+        pending.append(pool.submit(_write, tree, leaf, index, make))
       progress(f"{number} of {len(leaves)} leaves: {leaf.role} {leaf.name}")
     for future in pending:
       future.result()
@@ -270,6 +266,16 @@ def _stream(
       assert optimizer is not None
       writer.optimizer.write("count", optimizer.read("count"))
   return stored
+
+
+def _write(
+  tree: array_store.TreeWriter,
+  leaf: _Leaf,
+  index: Index,
+  make: Callable[[], np.ndarray],
+) -> None:
+  part = make().astype(leaf.spec.dtype, copy=False)
+  tree.write(leaf.prefix + leaf.name, part, index=index)
 
 
 def _leaves(

@@ -251,7 +251,7 @@ def test_typo_is_named_with_the_nearest_field(name, meant):
     (
       "stages.scale_up.init.method",
       "akipro",
-      "config.stages.scale_up.init.method='akipro' is unknown; did you mean"
+      "config.stages.scale_up.init: method='akipro' is unknown; did you mean"
       " 'aki_pro'? (expected one of fpi, aki, aki_pro, bert2bert, hypercloning,"
       " lemon, msg, ligo, random, or module:function)",
     ),
