@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from aquila_jax.core.experiment_config import ExperimentConfig
+from aquila_jax.core.experiment_config import ExperimentConfig, LigoConfig
 from aquila_jax.pipeline import records
 from aquila_jax.pipeline.stage import is_done
 from aquila_jax.planning import counting
@@ -28,6 +28,7 @@ def collect(
     The sizes of the models, and by seed the source, the rows of initial
     losses, and the validation curve of every arm that is done.
   """
+  arm = experiment.stages[experiment.pipeline[1]]
   seeds = {}
   for seed, directory in directories.items():
     done = {
@@ -42,6 +43,7 @@ def collect(
       }
   return {
     "arms": list(experiment.pipeline[1:]),
+    "ligo_steps": getattr(arm.init, "ligo", LigoConfig()).steps,
     "models": {
       name: _size(experiment, name) for name in experiment.pipeline[:2]
     },
@@ -59,6 +61,7 @@ def _size(experiment: ExperimentConfig, name: str) -> dict[str, Any]:
     "heads": model.num_heads,
     "groups": model.num_kv_heads,
     "parameters": counting.count(model).total.parameters,
+    "learning_rate": train.optimizer.learning_rate,
     "steps": train.steps,
     "tokens": train.steps * train.tokens_per_step,
     "flops_per_token": counting.train_flops_per_token(

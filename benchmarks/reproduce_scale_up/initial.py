@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from aquila_jax.core import files
 from aquila_jax.core.experiment_config import ScaleUp, StageConfig
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.model_dir import load_model
+from aquila_jax.core.types import Batch
+from aquila_jax.data import loader
 from aquila_jax.evaluation.perplexity import Evaluator
 from aquila_jax.growth.scale_up import make_growth
 from aquila_jax.models import decoder_lm
@@ -82,7 +86,7 @@ class Method:
     return (
       (size.width > 1 or not self.widens)
       and (size.depth > 1 or not self.deepens)
-      and (size.width.denominator == 1 or not self.whole)
+      and (not self.whole or size.width > 1 == size.width.denominator)
       and (not self.only or self.only == name)
     )
 
@@ -114,14 +118,13 @@ def _methods() -> Iterator[tuple[str, Method]]:
       f"bert2BERT, {reading}",
       Method(options=options, widens=True, deepens=True),
     )
-  cloning = dict(widens=True, whole=True)
   yield (
     "HyperCloning, noise",
-    Method(options=dict(method="hypercloning"), **cloning),
+    Method(options=dict(method="hypercloning"), whole=True),
   )
   yield (
     "HyperCloning, no noise",
-    Method(options=dict(method="hypercloning", split_noise=0.0), **cloning),
+    Method(options=dict(method="hypercloning", split_noise=0.0), whole=True),
   )
   yield "LEMON", Method(options=dict(method="lemon"))
   yield "MSG, masked", Method(options=dict(method="msg"))
@@ -177,6 +180,7 @@ def measure(
     begun = time.monotonic()
     if not size:
       row = _source_row(model, evaluators)
+      row["unigram"] = _unigram_loss(context, arm)
     else:
       start = _start(context, arm=arm, model=model, size=size, method=method)
       row = _row(start, evaluators)
@@ -207,7 +211,42 @@ def _source_row(
   return {"loss": loss, "exact": True, "reasons": []}
 
 
-def _row(start: Start, evaluators: Callable[[ModelConfig], Evaluator]):
+def _unigram_loss(context: Context, arm: StageConfig) -> float:
+  """Of the frequencies of tokens alone, on the same validation text."""
+  data, length = context.data, arm.train.sequence_length
+  counts = np.ones(data.vocab_size)  # no token is impossible
+  batches = loader.train_batches(
+    data,
+    state=loader.DataState.start(data),
+    batch_size=16,
+    sequence_length=length,
+    seed=context.experiment.data.seed,
+  )
+  for batch, _ in itertools.islice(batches, 200):
+    np.add.at(counts, np.asarray(batch.targets)[_counted(batch)], 1)
+  nats = -np.log(counts / counts.sum())
+  found = [
+    nats[np.asarray(batch.targets)[_counted(batch)]]
+    for language in data.languages
+    for batch in loader.evaluation_batches(
+      data,
+      split="validation",
+      language=language,
+      batch_size=16,
+      sequence_length=length,
+      max_tokens=arm.train.evaluate_tokens,
+    )
+  ]
+  return float(np.mean(np.concatenate(found)))
+
+
+def _counted(batch: Batch) -> np.ndarray:
+  return np.asarray(batch.weights) > 0
+
+
+def _row(
+  start: Start, evaluators: Callable[[ModelConfig], Evaluator]
+) -> Record:
   grown = start.model()
   growth = grown.lineage.events[-1].growth
   assert growth is not None, "a Scale-Up leaves its plan in the lineage"

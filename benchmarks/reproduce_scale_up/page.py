@@ -53,7 +53,6 @@ def write(results: Results, path: pathlib.Path) -> None:
 
 def render(results: Results, *, figure_name: str) -> str:
   """The page of a results file."""
-  seeds = results["seeds"]
   values = {
     "date": results["date"],
     "machine": ", ".join(f"{k}: {v}" for k, v in results["machine"].items()),
@@ -61,12 +60,22 @@ def render(results: Results, *, figure_name: str) -> str:
     "done": _done(results),
     "models": _table(_models(results), left=1),
     "source": _shown(statistics.initial_loss(results, "", "source")),
+    "unigram": _shown(
+      statistics.spread(
+        [row["unigram"] for row in statistics.initial(results, "", "source")]
+      )
+    ),
+    "ligo_steps": str(results["ligo_steps"]),
+    "rates": " and ".join(
+      f"{'the source' if n == 'source' else 'an arm'} {m['learning_rate']:g}"
+      for n, m in results["models"].items()
+    ),
     "initial": "\n\n".join(_initial_tables(results)),
     "findings": _table(_findings(results), left=3),
     "figure": figure_name,
     "arms": _table(_arm_rows(results), left=1),
     "overtaking": _table(_overtaking(results), left=1),
-    "checks": _table(_checks(results), left=1) if seeds else "",
+    "checks": _table(_checks(results), left=1),
     "words": (_HERE / "words.md").read_text(encoding="utf-8").strip(),
   }
   text = (_HERE / "page.md").read_text(encoding="utf-8")
@@ -103,8 +112,8 @@ def _done(results: Results) -> str:
   ]
   measured = [s for s, found in seeds.items() if found["initial"]]
   return (
-    f"Initial losses of {len(measured)} seed(s) ({', '.join(measured)}),"
-    f" continued training of {len(whole)} seed(s) ({', '.join(whole)})."
+    f"Done so far: initial losses of {len(measured)} seeds, continued training"
+    f" of {len(whole)}."
   )
 
 
@@ -326,7 +335,7 @@ def _checks(results: Results) -> list[list[str]]:
     names = [f"fpi{suffix}", f"aki_pro{suffix}"]
     both = [statistics.curves(results, name) for name in names]
     shared = [seed for seed in both[0] if seed in both[1]]
-    if not shared or (not suffix and len(results["seeds"]) == 0):
+    if not shared:
       continue
     fpi, aki = (found[shared[0]] for found in both)
     tokens = statistics.overtaken_at(aki, fpi)

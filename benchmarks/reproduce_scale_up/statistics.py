@@ -27,9 +27,10 @@ class Spread:
 
   def in_words(self) -> str:
     """The mean, and half of the range where there are several seeds."""
+    mean = f"{round(self.mean, 3) + 0.0:.3f}"  # no -0.000
     if len(self.values) < 2:
-      return f"{self.mean:.3f}"
-    return f"{self.mean:.3f} ± {self.half_range:.3f}"
+      return mean
+    return f"{mean} ± {self.half_range:.3f}"
 
 
 def initial(results: Results, size: str, method: str) -> list[dict[str, Any]]:
