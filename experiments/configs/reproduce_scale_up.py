@@ -12,14 +12,16 @@ Each arm grows the same source by twice the width and 4/3 of the depth, and
 trains on the same tokens by the same schedule: those that follow the source's.
 Adam's moments grow along, but for `random`, which keeps nothing.
 
-Sized for 2 slow cores that give models so narrow 32 GFLOP/s. In FLOPs, forward
-and backward, of 1,024 tokens a step:
+Sized for 2 slow cores with nothing else to do, which give the source 32 GFLOP/s
+and the arms about 40. In FLOPs, forward and backward, of 1,024 tokens a step:
 
-  source  3,000 steps of 8.1e9         2.4e13   a seed, 13 minutes
-  arms    6 * 320 steps of 3.0e10      5.8e13   a seed, 30 minutes
-  checks  6 arms and 1,000 steps more  6.6e13   once, 34 minutes
+  source  3,000 steps of 8.1e9          2.4e13   a seed, 13 minutes
+  arms    6 * 320 steps of 3.0e10       5.8e13   a seed, 24 minutes
+  checks  6 * 320 arms' steps and
+          1,000 of a shorter source     6.6e13   once, 28 minutes
 
-3.1e14 in all, 2.7 hours.
+With 6 minutes a seed for the losses right after growth and the validations:
+2 hours and 40 minutes.
 """
 
 from __future__ import annotations
