@@ -16,13 +16,15 @@ PIP := "$(BIN)" -m pip --disable-pip-version-check
 RUN := "$(BIN)" -m aquila_jax.cli.efficient_scale
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart smoke smollm2 smollm2-exact smollm2-trained test parity \
-  lint format typecheck clean
+.PHONY: help quickstart smoke smollm2 smollm2-exact smollm2-trained \
+  reproduce-scale-up test parity lint format typecheck clean
 
 help:
 	@echo "make quickstart   install, fetch the text, run EfficientScale, report"
 	@echo "make smoke        the same in miniature, on text of the repository"
 	@echo "make smollm2      fetch SmolLM2-135M, grow it, train on, export"
+	@echo "make reproduce-scale-up   AquilaMoE's losses after growth, in small:" \
+	  "hours"
 	@echo "make test         install and run every test"
 	@echo "make parity       our models against those of transformers, with torch"
 	@echo "make lint         ruff: format and rules     make typecheck  pyright"
@@ -76,6 +78,13 @@ $(SMOLLM2)/exact_hf/config.json: | $(SMOLLM2)/exact/config.json
 $(SMOLLM2)/exact.json: | $(PARITY)/installed $(SMOLLM2)/exact_hf/config.json
 	@"$(PARITY_BIN)" -m aquila_jax.cli.compare_hf --model=$(SMOLLM2)/source \
 	  --reference=$(SMOLLM2)/exact_hf --continue_tokens=8 --tolerance=5e-4 --output=$@
+
+# Stopped and started again, it goes on; the page holds what is done so far.
+reproduce-scale-up: $(VENV)/installed
+	@"$(BIN)" -m benchmarks.reproduce_scale_up \
+	  --workdir=runs/reproduce_scale_up \
+	  --output=benchmarks/results/reproduce_scale_up.json \
+	  --page=docs/reproduce_scale_up.md
 
 test: $(VENV)/installed-test
 	@"$(BIN)" -m pytest -q -n "$(TEST_WORKERS)" --maxprocesses 8 \
