@@ -48,7 +48,7 @@ from aquila_jax.core.experiment_config import ScaleUp
 from aquila_jax.core.lineage import Lineage
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.model_dir import StoredModel
-from aquila_jax.growth.grown_tree import slices
+from aquila_jax.growth.grown_tree import slice_shape, slices
 from aquila_jax.growth.scale_up import model_leaves
 from aquila_jax.growth.streaming import stream_scale_up
 from aquila_jax.models import decoder_lm
@@ -115,7 +115,7 @@ def _write(path: pathlib.Path, config: ModelConfig) -> float:
 
   places = [(name, i) for name, leaf in leaves.items() for i in slices(leaf)]
   axes = decoder_lm.parameter_axes(config)
-  parts = [(n, i, _shape(leaves[n].shape, i)) for n, i in places]
+  parts = [(n, i, slice_shape(leaves[n], i)) for n, i in places]
   for _, _, shape in parts:
     buffer(shape)
   started = time.perf_counter()
@@ -133,14 +133,6 @@ def _write(path: pathlib.Path, config: ModelConfig) -> float:
     for future in pending:
       future.result()
   return time.perf_counter() - started
-
-
-def _shape(shape: tuple[int, ...], index: tuple[Any, ...]) -> tuple[int, ...]:
-  return tuple(
-    len(range(*i.indices(size)))
-    for size, i in zip(shape, index, strict=True)
-    if isinstance(i, slice)
-  )
 
 
 def _raw(path: pathlib.Path, size: int) -> float:
@@ -174,8 +166,12 @@ def _run_part(part: str, folder: pathlib.Path) -> dict[str, Any]:
       progress=lambda line: None,
     )
     seconds = time.perf_counter() - started
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-  return {"seconds": seconds, "peak_bytes": peak}
+  used = resource.getrusage(resource.RUSAGE_SELF)
+  return {
+    "seconds": seconds,
+    "peak_bytes": used.ru_maxrss * 1024,
+    "cpu_seconds": {"user": used.ru_utime, "system": used.ru_stime},
+  }
 
 
 def _start_part(part: str, folder: pathlib.Path) -> dict[str, Any]:
@@ -195,6 +191,11 @@ def _start_part(part: str, folder: pathlib.Path) -> dict[str, Any]:
       left.unlink()
   os.sync()
   return json.loads(done.stdout.splitlines()[-1])
+
+
+def _cpu(one: dict[str, Any]) -> str:
+  used = one["cpu_seconds"]
+  return f"{used['user']:.0f} s + {used['system']:.0f} s of the system"
 
 
 def main(argv: list[str]) -> None:
@@ -228,6 +229,7 @@ def main(argv: list[str]) -> None:
     print(
       f"{part:6s} {statistics.median(values):6.3f} GB/s"
       f"  ({min(values):.3f} to {max(values):.3f})  peak {peak:.2f} GiB"
+      f"  CPU {_cpu(rounds[part][0])}"
     )
   shares = [g / w for g, w in zip(rates["grow"], rates["write"], strict=True)]
   share = statistics.median(shares)

@@ -19,11 +19,14 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
+import os
+import types
 from typing import Any, get_args
 
 import numpy as np
 import tokenizers
-from absl import flags
+from absl import flags, logging
 from etils import epath
 
 from aquila_jax.cli import app, config_door, model_flags
@@ -41,6 +44,7 @@ from aquila_jax.core.experiment_config import (
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.model_dir import ModelReader
 from aquila_jax.growth import checking
+from aquila_jax.growth.exactness import Check, Exactness
 from aquila_jax.growth.scale_up import make_growth, plan_growth, scale_up
 from aquila_jax.growth.streaming import grown_trees, stream_scale_up
 from aquila_jax.interop.comparison import TEXTS
@@ -58,7 +62,8 @@ _OUTPUT = flags.DEFINE_string("output", None, "A new MODEL.")
 _METHOD = flags.DEFINE_string(
   "method",
   None,
-  f"One of {', '.join(GROWTH_METHODS)}, or module:function of your own.",
+  f"One of {', '.join(GROWTH_METHODS)}, or module:function of your own;"
+  " aki_pro by default.",
 )
 _DEPTH = flags.DEFINE_string(
   "depth", None, f"One of {', '.join(get_args(DepthRule))}."
@@ -102,8 +107,11 @@ def main() -> None:
     if _OUTPUT.value is None:
       raise errors.UserError("--output is missing; --dry_run needs none")
     model_flags.check_output(_OUTPUT.value)
+    _refuse_inside(_OUTPUT.value, _SOURCE.value)
+  if _CHECK_FILE.value and not _CHECK.value:
+    raise errors.UserError("--check_file is read by --check only; give both")
   if bool(_TARGET.value) == bool(_CONFIG.value):
-    raise errors.UserError("give --config or --target, and not both")
+    raise errors.UserError("give one of --config and --target")
   if _CONFIG.value:
     experiment = config_door.load(_CONFIG)
     name = model_flags.stage_name(experiment, _STAGE.value, kind="scale_up")
@@ -127,8 +135,24 @@ def main() -> None:
   if _CHECK.value:
     checked = _checked(source, target, options, config=plan.config, **chosen)
     print(checked.in_words(), flush=True)
+    _warn_of_contradiction(plan.exactness, checked)
   if not _DRY_RUN.value:
     _write(source, target, options, checked=checked, name=name, **chosen)
+
+
+def _warn_of_contradiction(exactness: Exactness, check: Check) -> None:
+  """Says so where what was measured is not what was predicted."""
+  share = check.largest_difference / check.largest_logit
+  if not math.isfinite(share):
+    raise errors.UserError(
+      "--check: the logits are not finite; nothing was written"
+    )
+  if exactness.exact and share > 0.01:
+    logging.warning(
+      "predicted exact, and logits differ by %.1f %% of the largest: %s",
+      100 * share,
+      "; ".join(exactness.notes) or "this is a fault, please report it",
+    )
 
 
 def _write(
@@ -136,7 +160,7 @@ def _write(
   target: ModelConfig,
   options: ScaleUp,
   *,
-  checked: checking.Check | None,
+  checked: Check | None,
   **chosen: Any,
 ) -> None:
   output = _OUTPUT.value
@@ -155,6 +179,16 @@ def _write(
   )
   with_optimizer = options.optimizer == "grow" and source.optimizer is not None
   model_flags.say_written(output, grown, with_optimizer=with_optimizer)
+
+
+def _refuse_inside(output: str, source: str) -> None:
+  inside, outside = (
+    os.path.realpath(os.path.expanduser(path)) for path in (output, source)
+  )
+  if inside.startswith(outside + os.sep):
+    raise errors.UserError(
+      f"--output={output!r}: it lies in the MODEL of --source; choose another"
+    )
 
 
 def _options(stage: StageConfig, name: str) -> ScaleUp:
@@ -186,6 +220,8 @@ def _given(init: ScaleUp, path: str) -> ScaleUp:
     if flag.value is not None:
       given[flag.name] = flag.value
   if _LAYERS.value is not None:
+    if not any(_LAYERS.value):
+      raise errors.UserError("--layers=: expected numbers of layers")
     try:
       given["layers"] = tuple(int(layer) for layer in _LAYERS.value)
     except ValueError as error:
@@ -213,8 +249,13 @@ def _changed(source: ModelConfig, options: ScaleUp) -> ModelConfig:
     *sections, last = name.strip().split(".")
     node = fields
     for section in sections:
-      node[section] = dict(node.get(section) or {})
+      below = node.get(section)
+      if not isinstance(below, dict | types.NoneType):
+        raise errors.UserError(f"--target: {part!r}: {section} has no fields")
+      node[section] = dict(below or {})
       node = node[section]
+    if name.strip() in named:
+      raise errors.UserError(f"--target: {name.strip()} is given twice")
     node[last] = value
     named.add(name.strip())
   target = config_lib.build(ModelConfig, fields, path="--target")
@@ -268,7 +309,7 @@ def _checked(
   *,
   config: ModelConfig,
   **chosen: Any,
-) -> checking.Check:
+) -> Check:
   if options.method == "random":
     raise errors.UserError(
       "--check: method='random' keeps nothing that could be compared"

@@ -139,8 +139,8 @@ class ScaleUp:
       f"depth={self.depth!r} and layers={self.layers}: give one of them",
     )
     require(
-      self.split_noise is None or self.split_noise >= 0,
-      f"split_noise={self.split_noise}: need >= 0; 0 splits evenly",
+      self.split_noise is None or 0 <= self.split_noise <= 10,
+      f"split_noise={self.split_noise}: need 0 to 10; 0 splits evenly",
     )
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -147,21 +148,48 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
   Where the body raises, nothing is left of it.
 
   Raises:
-    errors.UserError: where `path` exists.
+    errors.UserError: where `path` exists, cannot be made, or is being written.
   """
   target = epath.Path(path).expanduser()
-  if target.exists():
-    raise errors.UserError(f"{target} exists; choose another output")
   partial = target.parent / f".{target.name}.partial"
-  if partial.exists():  # of a writer that was killed
-    partial.rmtree()
-  partial.mkdir(parents=True)
   try:
-    yield partial
-    partial.rename(target)
-  except BaseException:  # Ctrl-C too
-    partial.rmtree()
-    raise
+    partial.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise errors.UserError(
+      f"{target}: cannot be made: {error.strerror}"
+    ) from error
+  with _alone(partial, target=target):
+    if target.exists():
+      partial.rmtree()
+      raise errors.UserError(f"{target} exists; choose another output")
+    for left in partial.iterdir():  # by a writer that was killed
+      left.rmtree() if left.is_dir() else left.unlink()
+    try:
+      yield partial
+      partial.rename(target)
+    except BaseException:  # Ctrl-C too
+      partial.rmtree()
+      raise
+
+
+@contextlib.contextmanager
+def _alone(partial: epath.Path, *, target: epath.Path) -> Iterator[None]:
+  """Holds a local directory against other writers of the same output."""
+  if "://" in os.fspath(partial):
+    yield
+    return
+  with contextlib.ExitStack() as stack:
+    try:
+      held = os.open(partial, os.O_RDONLY)
+      stack.callback(os.close, held)
+      fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      # What was opened may have taken its name, or be gone, meanwhile.
+      taken = not os.path.samestat(os.fstat(held), os.stat(partial))
+    except OSError:
+      taken = True
+    if taken:
+      raise errors.UserError(f"{target} is being written by another process")
+    yield
 
 
 def _write_texts(directory: epath.Path, model: StoredModel) -> None:

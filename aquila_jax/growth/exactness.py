@@ -187,7 +187,14 @@ def _notes(
       " probability, so the loss changes though the logits do not"
     )
   if target.param_dtype == "bfloat16" and not _powers_of_two(growth):
-    notes.append("shares are rounded to bfloat16")
+    notes.append(
+      "shares are rounded to bfloat16, after which logits can differ by"
+      " percents (param_dtype='float32' keeps them)"
+    )
+  if target.head_norm_epsilon != target.norm_epsilon and target.qk_norm:
+    notes.append(
+      "export_hf will refuse it: stock classes have one epsilon for all norms"
+    )
   if source.param_dtype != target.param_dtype:
     notes.append(f"parameters are cast to {target.param_dtype}")
   return notes

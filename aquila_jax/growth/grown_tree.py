@@ -102,12 +102,12 @@ def slices(spec: LeafSpec) -> Iterator[Index]:
   return itertools.product(*choices)
 
 
-def _slice_shape(spec: LeafSpec) -> tuple[int, ...]:
-  """Of a slice of a leaf that has no vocabulary."""
+def slice_shape(spec: LeafSpec, index: Index) -> tuple[int, ...]:
+  """The shape of leaf[index], for one of its `slices`."""
   return tuple(
-    size
-    for axis, size in zip(spec.axes.axes, spec.shape, strict=True)
-    if not is_stacked(axis)
+    len(range(*i.indices(size)))
+    for i, size in zip(index, spec.shape, strict=True)
+    if isinstance(i, slice)
   )
 
 
@@ -141,15 +141,17 @@ class GrownTree:
     self._prefix = prefix
     self._means: dict[str, np.ndarray] = {}
 
-  def read(self, name: str, *, index: Index = ()) -> np.ndarray:
-    """One of the `slices` of a leaf, in the target's dtype."""
+  def read(
+    self, name: str, *, index: Index = (), out: np.ndarray | None = None
+  ) -> np.ndarray:
+    """One of the `slices` of a leaf, in the target's dtype; into `out`."""
     spec = self._leaves[name]
     place = dict(zip(spec.axes.names, index, strict=True))
     layer: Any = place.get("layer", 0)
     copies = self._growth.layers.copies
     if self._growth.masked and not self._powers.draws and "layer" in place:
       if copies.is_new[layer]:  # it has had no gradients
-        return np.zeros(_slice_shape(spec), spec.dtype)
+        return np.zeros(slice_shape(spec, index), spec.dtype)
     own_layer, layer_above = layer, layer
     if "layer" in place:
       own_layer, layer_above = self._growth.source_layers(layer)
@@ -165,6 +167,7 @@ class GrownTree:
       rng=self._generator(name, spec, index),
       silent="layer" in place and bool(self._growth.layers.silent[layer]),
       dtype=spec.dtype,
+      out=out,
     )
 
   def _read(

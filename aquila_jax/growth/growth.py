@@ -41,8 +41,8 @@ class Growth:
   layers: LayerMap
   # Rows of new tokens: EMPTY is the mean of all rows.
   vocab: AxisMap | None = None
-  # Written axes whose new indices take the values of the next layer of the
-  # source; none is FPI.
+  # Written axes, keys of `width`, whose new indices take the values of the next
+  # layer of the source; none is FPI.
   from_next_layer: frozenset[str] = frozenset()
   # What is added to the shares that the readers of copies get: its standard
   # deviation relative to their root mean square. Over the copies of an index
@@ -115,6 +115,7 @@ class Growth:
     rng: np.random.Generator,
     silent: bool,
     dtype: np.dtype,
+    out: np.ndarray | None = None,
   ) -> Float[np.ndarray, "*target"]:
     """A slice of a grown leaf, out of the slices of the source's.
 
@@ -128,6 +129,8 @@ class Growth:
       rng: for what is drawn.
       silent: whether the layer is one that adds nothing.
       dtype: of the slice; it is computed in at least float32.
+      out: filled and returned, where it is given: memory that is there already
+        is faster than new memory.
 
     Returns:
       The slice.
@@ -153,7 +156,7 @@ class Growth:
     source = (-1, int(np.prod(own.shape[reads:], dtype=int)))
     own, above = own.reshape(source), above.reshape(source)
     filler = _Filler(
-      own, above, rows=rows, columns=columns, powers=powers, dtype=dtype
+      own, above, rows=rows, columns=columns, dtype=dtype, out=out
     )
     silent = silent and _writes_residual(axes)
     noise = self.layers.silent_noise if silent else self.noise
@@ -162,7 +165,9 @@ class Growth:
       filler.copy(factor=factor)
     elif powers.draws and noise > 0 and axes.is_map:
       filler.copy_with_noise(rng, noise=noise, silent=silent)
-    elif not silent:
+    elif silent:
+      filler.out[:] = 0
+    else:
       filler.copy()
     filler.clear()
     is_bias = not (axes.is_map or axes.is_norm_scale or axes.has("vocab"))
@@ -194,8 +199,8 @@ class _Filler:
     above: of the next one.
     rows: what the leaf reads, or is indexed by.
     columns: what it writes.
-    powers: of the tree.
     dtype: of the slice.
+    out: filled, where it is given.
   """
 
   def __init__(
@@ -205,8 +210,8 @@ class _Filler:
     *,
     rows: Side,
     columns: Side,
-    powers: Powers,
     dtype: np.dtype,
+    out: np.ndarray | None,
   ):
     self._own, self._above = own, above
     self._rows, self._columns = rows, columns
@@ -214,9 +219,9 @@ class _Filler:
     self._copier = Columns(columns)
     # Along columns only moments are divided, and these are wide.
     self._column_divisor = columns.divisor.astype(self._wide)
-    del powers
-    # Zeros of the system's cost nothing where they are written over.
-    self.out = np.zeros((rows.size, columns.size), dtype)
+    shape = (rows.size, columns.size)
+    self.out = np.empty(shape, dtype) if out is None else out.reshape(shape)
+    assert self.out.dtype == dtype
 
   def copy(self, *, factor: float = 1.0) -> None:
     """Copies and divides every entry; `factor` is of a norm's scale."""
@@ -257,7 +262,7 @@ class _Filler:
   ) -> None:
     """Copies with noise that sums to zero over the copies of what is read.
 
-    Of C copies it has (C - 1) / C of the variance; what has one has none.
+    What has one copy has none.
 
     Args:
       rng: of the noise.
@@ -268,7 +273,9 @@ class _Filler:
     order = np.argsort(np.where(rows.empty, -1, rows.source), kind="stable")
     order = order[int(rows.empty.sum()) :]
     counts = np.bincount(rows.source[order])[rows.source[order]]
-    if not silent:
+    if silent:
+      out[:] = 0
+    else:
       # Those of one copy, and those of none.
       alone = np.concatenate([order[counts == 1], np.flatnonzero(rows.empty)])
       self._copy_rows(np.sort(alone))
@@ -291,7 +298,10 @@ class _Filler:
       means = np.add.reduceat(drawn, firsts, axis=0)
       means /= sizes.astype(wide)[:, None]
       drawn -= np.repeat(means, sizes, axis=0)
-      drawn *= level * live  # what is written by zeros stays so
+      # Less its mean, noise of C copies has (C - 1) / C of its variance.
+      whole = np.sqrt(sizes / (sizes - 1)).astype(wide)
+      drawn *= level * np.repeat(whole, sizes)[:, None]
+      drawn *= live  # what is written by zeros stays so
       out[here] = shares + drawn
 
   def _whole_groups(

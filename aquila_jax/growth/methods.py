@@ -1,7 +1,8 @@
 """The methods of Scale-Up: each a few lines that choose maps and sources.
 
   fpi          every index map copies the layer's own values. bert2BERT (arXiv
-               2110.07143), section 3.2.
+               2110.07143), section 3.2; its maps are `width_map="random"`, the
+               default here is circular, which is exact at whole factors.
   aki          the new outputs of a layer are those of the next layer of the
                source; bert2BERT, section 3.3. The paper says nothing of the
                residual's own outputs: `aki_residual` has both readings.
@@ -9,7 +10,8 @@
                heads grown inside them. AquilaMoE (arXiv 2408.06567), section
                2.2.
   bert2bert    aki, then depth by whole copies and the topmost layers once more;
-               bert2BERT, section 3.4.
+               bert2BERT, section 3.4. Its training of parts of the model in
+               turn is no part of a growth.
   hypercloning whole copies of everything, with noise that cancels over the
                copies. HyperCloning (arXiv 2409.12903), section 3, its "noisy
                symmetric" expansion; split_noise=0 is the "symmetric" one.
@@ -18,9 +20,9 @@
                models with RMSNorm. There a copy's share is one number; here
                every entry has its own: under Adam, whose step does not feel the
                size of a gradient, copies of shares a and b would stay together.
-  msg          the source as it is; what is new is drawn, and masked until
-               training has raised its mask. Masked Structural Growth (arXiv
-               2305.02869); models/growth_mask.py.
+  msg          the source as it is; new indices are drawn and new layers copied,
+               and masked until training has raised the mask. Masked Structural
+               Growth (arXiv 2305.02869); models/growth_mask.py.
   ligo         a linear operator that is learned on the target's loss; it starts
                as fpi with depth by interpolation. LiGO (arXiv 2303.00980);
                ligo.py. It needs text, so it is a stage of a pipeline.
@@ -33,7 +35,7 @@ the next layer of the source, and what is drawn is drawn anew for each copy of a
 layer.
 
 A method of one's own is a function from a `Pair` to a `Growth`, named in a
-config as "module:function".
+config as "module:function"; Python must find the module (PYTHONPATH).
 """
 
 from __future__ import annotations
@@ -102,9 +104,17 @@ class Pair:
     Returns:
       The map.
     """
-    chosen = tuple(self._file().get("layer", ())) or self.options.layers
+    chosen = self.options.layers
+    if "layer" in self._file():
+      if chosen or self.options.depth or self.options.method == "aki_pro":
+        raise errors.UserError(
+          f"maps={self.options.maps!r}: layer: expected none beside layers,"
+          " depth or method='aki_pro', which say the same"
+        )
+      given = self._checked("layer", self._file()["layer"])
+      chosen = tuple(given.source.tolist())
     if chosen:
-      return depth.given(self.old["layer"], self.new["layer"], tuple(chosen))
+      return depth.given(self.old["layer"], self.new["layer"], chosen)
     try:
       make = depth.RULES[self.options.depth or rule]
       return make(self.old["layer"], self.new["layer"])
@@ -113,9 +123,9 @@ class Pair:
 
   def vocab(self) -> AxisMap | None:
     """The rows of a vocabulary that grows; None where it stays."""
+    given = self._given().get("vocab")
     if self.new["vocab"] == self.old["vocab"]:
       return None
-    given = self._given().get("vocab")
     return given or axis_map.padded(
       self.old["vocab"], self.new["vocab"], silent=None
     )
@@ -170,12 +180,19 @@ class Pair:
     for i, row in enumerate(rows):
       if row is None and may_be_none:
         continue
-      if not isinstance(row, int) or not 0 <= row < old:
+      if type(row) is not int or not 0 <= row < old:
         expected = f"0 to {old - 1}" + (", or null" if may_be_none else "")
         raise errors.UserError(
           f"{what}[{i}]={json.dumps(row)}: expected {expected}"
         )
-    source = np.array([EMPTY if row is None else row for row in rows])
+    source = np.array([EMPTY if row is None else row for row in rows], int)
+    moved = np.flatnonzero(source[:old] != np.arange(min(old, new)))
+    if name == "vocab" and len(moved):
+      i = int(moved[0])
+      raise errors.UserError(
+        f"{what}[{i}]={rows[i]}: expected {i}; tokens keep their ids, and new"
+        " ones stand behind them"
+      )
     return AxisMap(source=source, source_size=old)
 
 
@@ -298,6 +315,17 @@ def find(name: str, *, what: str = "method") -> Method:
   if not colon:
     raise errors.unknown_name(what, name, [*METHODS, *OTHERS])
   try:
-    return getattr(importlib.import_module(module), function)
-  except (ImportError, AttributeError) as error:
+    method = getattr(importlib.import_module(module), function)
+  except (ImportError, AttributeError, ValueError) as error:
     raise errors.UserError(f"{what}={name!r}: {error}") from error
+
+  def checked(pair: Pair) -> Growth:
+    growth = method(pair) if callable(method) else method
+    if not isinstance(growth, Growth):
+      raise errors.UserError(
+        f"{what}={name!r}: expected a function from a Pair to a Growth; it gave"
+        f" a {type(growth).__name__}"
+      )
+    return growth
+
+  return checked

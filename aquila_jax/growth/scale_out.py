@@ -31,6 +31,7 @@ from aquila_jax.core.model_config import ModelConfig, MoeConfig
 from aquila_jax.core.model_dir import StoredModel
 from aquila_jax.core.moments import AdamMoments
 from aquila_jax.core.types import Params
+from aquila_jax.growth.scale_up import refuse_masked
 from aquila_jax.models import decoder_lm
 
 # What an upcycled model may set anew; all else is the source's.
@@ -158,6 +159,7 @@ def check_pair(
   Raises:
     errors.UserError: naming the field, its value and what was expected.
   """
+  refuse_masked(source)
   if source.moe is not None:
     raise errors.UserError(
       f"the source has {source.moe.num_experts} experts; Scale-Out starts from"

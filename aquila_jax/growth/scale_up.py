@@ -47,7 +47,7 @@ _KEPT = {
   "qk_norm": "growth adds no leaves",
   "tied_embeddings": "growth adds no leaves",
   "moe": "Scale-Out makes experts",
-  "growth_mask": "train the source with mask_steps until its mask is 1",
+  "growth_mask": "a growth puts it on",
 }
 _EXTENDED = {
   "rope_theta": "another base turns every head",
@@ -114,6 +114,7 @@ def check_pair(
       f"optimizer='grow': expected 'reset'; method={options.method!r} keeps no"
       " parameter that moments could belong to"
     )
+  refuse_masked(source)
   kept = dict(_KEPT)
   if options.context == "keep":
     kept |= {
@@ -139,6 +140,21 @@ def check_pair(
     )
   if options.method != "random":
     _check_sizes(source, target, path=path)
+
+
+def refuse_masked(source: ModelConfig) -> None:
+  """Refuses a source of which a part counts in part.
+
+  Raises:
+    errors.UserError: saying what to do.
+  """
+  mask = source.growth_mask
+  if mask is not None:
+    raise errors.UserError(
+      f"the source's growth_mask is {mask.value:g}: what a masked growth added"
+      " does not count whole; train the source with mask_steps until its mask"
+      " is 1"
+    )
 
 
 def _check_sizes(
@@ -168,6 +184,8 @@ def _check_maps(
   leaves = model_leaves(target)
   lost = set(model_leaves(source)).symmetric_difference(leaves)
   assert not lost, f"leaves of one of the two only: {sorted(lost)}"
+  for name in growth.from_next_layer.difference(methods.WIDTH):
+    raise errors.unknown_name("from_next_layer", name, methods.WIDTH)
   for axis in methods.FIELDS:
     g = growth.maps.get(axis)
     leaf = next(n for n, spec in leaves.items() if spec.axes.has(axis))

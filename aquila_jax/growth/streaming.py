@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -100,7 +101,7 @@ def stream_scale_up(
   def slices(leaf: _Leaf):
     tree = trees[leaf.role]
     for index in grown_tree.slices(leaf.spec):
-      yield index, functools.partial(tree.read, leaf.name, index=index)
+      yield index, functools.partial(_grown, tree, leaf, index)
 
   return _stream(
     source,
@@ -110,6 +111,21 @@ def stream_scale_up(
     keep_moments=options.optimizer == "grow",
     progress=progress,
   )
+
+
+_buffers = threading.local()
+
+
+def _grown(tree: GrownTree, leaf: _Leaf, index: Index) -> np.ndarray:
+  """A slice, in memory that this thread has had for the last one of its shape.
+
+  It was written by then: a thread takes one slice all the way.
+  """
+  shape = grown_tree.slice_shape(leaf.spec, index)
+  key = (shape, leaf.spec.dtype)
+  if getattr(_buffers, "key", None) != key:
+    _buffers.key, _buffers.out = key, np.empty(shape, leaf.spec.dtype)
+  return tree.read(leaf.name, index=index, out=_buffers.out)
 
 
 def grown_trees(
@@ -210,7 +226,8 @@ def _expert_slices(
     # In the dtype of the parameters, also for the average of them.
     shape = jax.ShapeDtypeStruct(leaf.spec.shape, jnp.dtype(target.param_dtype))
     draw = jax.jit(scale_out.router_init(moe, seed=seed), static_argnums=0)
-    yield (), lambda: np.asarray(draw(shape))
+    # Drawn here: whether JAX has 64 bits is a thread's own.
+    yield (), functools.partial(_itself, np.asarray(draw(shape)))
     return
   reader = _readers(source)[leaf.role]
   assert reader is not None

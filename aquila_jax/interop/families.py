@@ -326,11 +326,20 @@ def _choose(config: ModelConfig) -> Family:
   if moe is None:
     if config.qk_norm:
       return FAMILIES["qwen3"]
+    # Of these classes Llama alone refuses heads that do not divide the width.
+    divides = config.embed_dim % config.num_heads == 0
     if config.out_bias:
+      if not divides:
+        raise errors.UserError(
+          f"model.num_heads={config.num_heads}: the stock class with out_bias"
+          " and no qk_norm, Llama, needs a divisor of embed_dim="
+          f"{config.embed_dim}"
+        )
       return _without_window(FAMILIES["llama"], config)
     if config.qkv_bias:
       return FAMILIES["qwen2"]
-    return FAMILIES["mistral" if config.sliding_window else "llama"]
+    is_llama = config.sliding_window is None and divides
+    return FAMILIES["llama" if is_llama else "mistral"]
   if moe.shared_expert_dim and not moe.shared_expert_gate:
     raise errors.UserError(
       "model.moe.shared_expert_gate=False: no stock class of transformers has"

@@ -147,7 +147,7 @@ def test_mistakes_are_refused(commands, dense, data, tmp_path):
       ),
       "two targets": (
         (*grow, "--target=embed_dim=64"),
-        "give --config or --target, and not both",
+        "give one of --config and --target",
       ),
       "a field of no model": (
         ("scale_up", f"--source={dense}", "--dry_run")

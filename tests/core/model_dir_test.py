@@ -197,6 +197,17 @@ def test_nothing_is_overwritten(tmp_path):
   assert list(target.iterdir()) == []
 
 
+def test_two_writers_of_one_output_do_not_disturb_each_other(tmp_path):
+  target = tmp_path / "model"
+  with model_dir.new_directory(target) as partial:
+    (partial / "file").write_text("of the first")
+    with pytest.raises(UserError) as error:
+      model_dir.save_model(target, _model(), axes=AXES)
+    assert str(error.value) == f"{target} is being written by another process"
+  assert (target / "file").read_text() == "of the first"
+  assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 # Writes a model and is killed by the operating system when `victim` is called.
 _KILLED_WRITER = """
 import os, signal, sys

@@ -280,9 +280,8 @@ def test_the_noise_has_the_size_that_was_asked_for():
   one, other = after[:, :400], after[:, 400:]
   np.testing.assert_allclose(one + other, before, atol=1e-15)
   noise = one - before / 2
-  # Centred over two copies, the noise drawn has half its variance.
   power = np.mean(noise**2) / np.mean((before / 2) ** 2)
-  assert power == pytest.approx(0.1 / 2, rel=0.05)
+  assert power == pytest.approx(0.1, rel=0.05)
 
 
 def test_zero_blocks_of_lemon_cancel_over_the_copies():
@@ -374,11 +373,14 @@ def test_a_masked_growth_keeps_the_source_in_front_and_draws_the_rest():
       assert not mu[name][old][rest].any()
     if stacked:
       assert not mu[name][[1, 3]].any()
-  with pytest.raises(errors.UserError) as caught:
-    scale_up(grown, tiny.replace(target, embed_dim=16), _options(method="fpi"))
-  assert str(caught.value).endswith(
-    "; train the source with mask_steps until its mask is 1"
-  )
+  # Also where the target repeats the mask, as --target does.
+  for wider in (target, grown.config):
+    with pytest.raises(errors.UserError) as caught:
+      scale_up(grown, tiny.replace(wider, embed_dim=16), _options(method="fpi"))
+    assert str(caught.value) == (
+      "the source's growth_mask is 0: what a masked growth added does not count"
+      " whole; train the source with mask_steps until its mask is 1"
+    )
 
 
 def test_new_tokens_are_the_mean_of_all_or_copies_that_are_given(tmp_path):
@@ -439,6 +441,20 @@ def test_maps_of_a_user_stand_above_the_methods(tmp_path):
     ({"mlp": [*range(11), None]}, ": mlp[10]=10: expected 0 to 9"),
     ({"mpl": []}, ": axis='mpl' is unknown; did you mean 'mlp'?"),
     ([1], ": expected an object of lists"),
+    ({"mlp": [False, *range(11)]}, ": mlp[0]=false: expected 0 to 9"),
+    ({"layer": [0, 0.5, 1]}, ": layer[1]=0.5: expected 0 to 2"),
+    ({"layer": [0, None, 1]}, ": layer[1]=null: expected 0 to 2"),
+    ({"layer": 3}, ": layer: expected a list"),
+    (
+      {"layer": []},
+      ": layer fills 0 indices; expected a source index for each of the"
+      " target's 3",
+    ),
+    (
+      {"vocab": [1, 0, *range(2, 13)]},
+      ": vocab[0]=1: expected 0; tokens keep their ids, and new ones stand"
+      " behind them",
+    ),
     ({"mlp": 3}, ": mlp: expected a list"),
   ],
 )
@@ -469,6 +485,15 @@ def net2net(pair: methods.Pair) -> Growth:
   return Growth(width=pair.widths(mlp=neurons), layers=pair.layers("llama_pro"))
 
 
+def mistaken(pair: methods.Pair) -> Growth:
+  """A method that names no axis."""
+  return Growth(
+    width=pair.widths(),
+    layers=pair.layers(),
+    from_next_layer=frozenset({"mpl"}),
+  )
+
+
 def forgetful(pair: methods.Pair) -> Growth:
   """A method that forgets an axis."""
   width = pair.widths()
@@ -494,10 +519,19 @@ def test_a_method_of_ones_own_has_all_that_ours_have():
 @pytest.mark.parametrize(
   ("method", "message"),
   [
-    ("akipro", "method='akipro' is unknown; did you mean 'aki_pro'?"),
     (
       "no_such_module:grow",
       "method='no_such_module:grow': No module named 'no_such_module'",
+    ),
+    (":", "method=':': Empty module name"),
+    (
+      "builtins:repr",
+      "method='builtins:repr': expected a function from a Pair to a Growth; it"
+      " gave a str",
+    ),
+    (
+      f"{__name__}:mistaken",
+      "from_next_layer='mpl' is unknown; did you mean 'mlp'?",
     ),
     (
       f"{__name__}:forgetful",

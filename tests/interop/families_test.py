@@ -535,3 +535,49 @@ def test_config_json_by_hand():
     "max_window_layers": 0,
     "layer_types": ["sliding_attention", "sliding_attention"],
   }
+
+
+@pytest.mark.parametrize(
+  ("fields", "architecture"),
+  [
+    (dict(num_heads=4, embed_dim=8), "LlamaForCausalLM"),
+    # Llama's own configuration refuses 8 / 3.
+    (dict(num_heads=3, embed_dim=8), "MistralForCausalLM"),
+    (dict(num_heads=4, embed_dim=8, sliding_window=5), "MistralForCausalLM"),
+    (dict(num_heads=3, embed_dim=8, qkv_bias=True), "Qwen2ForCausalLM"),
+  ],
+)
+def test_heads_that_do_not_divide_the_width_are_no_llama(fields, architecture):
+  sizes: dict[str, Any] = dict(
+    vocab_size=8,
+    num_layers=1,
+    mlp_dim=8,
+    num_kv_heads=1,
+    head_dim=4,
+    qkv_bias=False,
+  )
+  config = ModelConfig(**(sizes | fields))
+  _, tree = families.write_config(config)
+  assert tree["architectures"] == [architecture]
+  # Read again it is what it was, with or without a window.
+  again = families.read_config(tree, what="config.json")[1]
+  assert again == dataclasses.replace(config, compute_dtype="float32")
+
+
+def test_an_output_bias_needs_heads_that_divide():
+  config = ModelConfig(
+    vocab_size=8,
+    num_layers=1,
+    embed_dim=8,
+    mlp_dim=8,
+    num_heads=3,
+    num_kv_heads=1,
+    head_dim=4,
+    out_bias=True,
+  )
+  with pytest.raises(UserError) as caught:
+    families.write_config(config)
+  assert str(caught.value) == (
+    "model.num_heads=3: the stock class with out_bias and no qk_norm, Llama,"
+    " needs a divisor of embed_dim=8"
+  )
