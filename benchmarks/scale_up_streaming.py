@@ -44,6 +44,7 @@ from etils import epath
 
 from aquila_jax.cli import config_door
 from aquila_jax.core import model_dir
+from aquila_jax.core.allocator import keep_freed_memory
 from aquila_jax.core.experiment_config import ScaleUp
 from aquila_jax.core.lineage import Lineage
 from aquila_jax.core.model_config import ModelConfig
@@ -149,6 +150,7 @@ def _raw(path: pathlib.Path, size: int) -> float:
 def _run_part(part: str, folder: pathlib.Path) -> dict[str, Any]:
   """One part, in a process of its own."""
   source, target = _models()
+  keep_freed_memory()  # as the verb does
   if part == "source":
     seconds = _write(folder / "source", source)
   elif part == "write":

@@ -13,6 +13,7 @@ import dataclasses
 from absl import flags
 
 from aquila_jax.cli import app, model_flags
+from aquila_jax.core.allocator import keep_freed_memory
 from aquila_jax.core.experiment_config import ScaleOut
 from aquila_jax.core.model_config import MoeConfig
 from aquila_jax.growth.streaming import stream_scale_out
@@ -31,6 +32,7 @@ _SEED = model_flags.define_seed("Of the router.")
 
 
 def main() -> None:
+  keep_freed_memory()
   options = model_flags.build(
     ScaleOut,
     source=_SOURCE.value,

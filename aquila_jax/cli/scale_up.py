@@ -32,6 +32,7 @@ from etils import epath
 from aquila_jax.cli import app, config_door, model_flags
 from aquila_jax.core import config as config_lib
 from aquila_jax.core import errors
+from aquila_jax.core.allocator import keep_freed_memory
 from aquila_jax.core.experiment_config import (
   GROWTH_METHODS,
   DepthRule,
@@ -103,6 +104,7 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Do all but write.")
 
 
 def main() -> None:
+  keep_freed_memory()
   if not _DRY_RUN.value:
     if _OUTPUT.value is None:
       raise errors.UserError("--output is missing; --dry_run needs none")

@@ -7,10 +7,13 @@ others' business: the bytes are the same, since the same program makes them.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -111,6 +114,42 @@ def slice_shape(spec: LeafSpec, index: Index) -> tuple[int, ...]:
   )
 
 
+class _Recent:
+  """The slices that were read last; threads that want the same one share it.
+
+  A layer of the source is read for every target layer that copies it, and once
+  more as the one above the layer below; these follow each other.
+
+  Args:
+    tree: that is read.
+  """
+
+  _KEPT = 3
+
+  def __init__(self, tree: Tree):
+    self._tree = tree
+    self._lock = threading.Lock()
+    self._found: collections.OrderedDict[Any, Future[np.ndarray]]
+    self._found = collections.OrderedDict()
+
+  def read(self, name: str, *, index: Index) -> np.ndarray:
+    key = (name, str(index))
+    with self._lock:
+      future, mine = self._found.get(key), key not in self._found
+      if future is None:
+        future = self._found[key] = Future()
+      self._found.move_to_end(key)
+      while len(self._found) > self._KEPT:
+        self._found.popitem(last=False)
+    if mine:
+      try:
+        future.set_result(self._tree.read(name, index=index))
+      except BaseException as error:
+        future.set_exception(error)
+        raise
+    return future.result()
+
+
 class GrownTree:
   """A tree of the source, grown.
 
@@ -134,6 +173,7 @@ class GrownTree:
     prefix: str = "",
   ):
     self._source = source
+    self._recent = _Recent(source)
     self._growth = growth
     self._leaves = leaves
     self._powers = powers
@@ -180,7 +220,7 @@ class GrownTree:
       source[dim] = layer
     dim, vocab = spec.axes.index("vocab"), self._growth.vocab
     if dim is None or vocab is None:
-      return self._source.read(self._prefix + name, index=tuple(source))
+      return self._recent.read(self._prefix + name, index=tuple(source))
     rows = vocab.source[source[dim]]
     source[dim] = np.maximum(rows, 0)
     values = self._source.read(self._prefix + name, index=tuple(source))

@@ -1,0 +1,36 @@
+"""Keeps freed memory in the process, for work that goes through large blocks.
+
+glibc gives every large block back to the system when it is freed, and the next
+one is new pages, each of which the system has to clear: reading slices of
+117 MB through TensorStore took 0.21 s each on 2 CPU cores, and 0.06 s with
+memory that is kept. Resident memory then stays at its peak until the process
+ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+# Of malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
+_LARGEST = 2**30
+
+
+def keep_freed_memory() -> bool:
+  """Tells glibc to keep what is freed; elsewhere it does nothing.
+
+  It is for a whole process, so that only commands call it, and as they start.
+
+  Returns:
+    Whether the allocator took it.
+  """
+  try:
+    mallopt = ctypes.CDLL(None).mallopt
+  except (AttributeError, OSError, TypeError):
+    return False
+  # One arena: those of threads cannot hold large blocks.
+  taken = mallopt(_ARENA_MAX, 1) and mallopt(_TRIM_THRESHOLD, 2 * _LARGEST - 1)
+  # Some versions refuse a threshold as large, and can do without mapping.
+  return bool(
+    taken and (mallopt(_MMAP_THRESHOLD, _LARGEST) or mallopt(_MMAP_MAX, 0))
+  )
