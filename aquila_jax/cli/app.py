@@ -98,7 +98,9 @@ def _guarded(
   except KeyboardInterrupt as error:
     number = error.args[0] if error.args else signal.SIGINT
     _end(
-      128 + number, "stopped; the same command goes on from the last checkpoint"
+      128 + number,
+      "stopped; the same command goes on from the last checkpoint, or begins"
+      " anew where it has none",
     )
   logging.flush()
   sys.exit(0)

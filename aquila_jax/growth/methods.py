@@ -69,6 +69,13 @@ _TABLE = {"vocab": "vocab_size"}
 FIELDS = WIDTH | _DEPTH | _TABLE
 
 
+def option(path: str, field: str) -> str:
+  """The dotted name of an option of a growth, beside that of its target."""
+  if path.startswith("--"):
+    return f"--{field}"
+  return f"{path.removesuffix('model')}init.{field}"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pair:
   """What a method is given: the sizes of source and target, and the options."""
@@ -108,13 +115,16 @@ class Pair:
     if "layer" in self._file():
       if chosen or self.options.depth or self.options.method == "aki_pro":
         raise errors.UserError(
-          f"maps={self.options.maps!r}: layer: expected none beside layers,"
+          f"{self._maps}: layer: expected none beside layers,"
           " depth or method='aki_pro', which say the same"
         )
       given = self._checked("layer", self._file()["layer"])
       chosen = tuple(given.source.tolist())
-    if chosen:
-      return depth.given(self.old["layer"], self.new["layer"], chosen)
+    try:
+      if chosen:
+        return depth.given(self.old["layer"], self.new["layer"], chosen)
+    except errors.UserError as error:
+      raise errors.UserError(option(self.path, str(error))) from error
     try:
       make = depth.RULES[self.options.depth or rule]
       return make(self.old["layer"], self.new["layer"])
@@ -149,6 +159,10 @@ class Pair:
       if name != "layer"
     }
 
+  @property
+  def _maps(self) -> str:
+    return f"{option(self.path, 'maps')}={self.options.maps!r}"
+
   def _file(self) -> dict[str, Any]:
     path = self.options.maps
     if not path:
@@ -157,17 +171,17 @@ class Pair:
       found = json.loads(epath.Path(path).expanduser().read_text())
     except (OSError, ValueError) as error:
       raise errors.UserError(
-        f"maps={path!r}: cannot be read: {error}"
+        f"{self._maps}: cannot be read: {error}"
       ) from error
     if not isinstance(found, dict):
-      raise errors.UserError(f"maps={path!r}: expected an object of lists")
+      raise errors.UserError(f"{self._maps}: expected an object of lists")
     for name in found:
       if name not in FIELDS:
-        raise errors.unknown_name(f"maps={path!r}: axis", name, FIELDS)
+        raise errors.unknown_name(f"{self._maps}: axis", name, FIELDS)
     return found
 
   def _checked(self, name: str, rows: Any) -> AxisMap:
-    what = f"maps={self.options.maps!r}: {name}"
+    what = f"{self._maps}: {name}"
     may_be_none = name == "vocab"  # a new row of the mean
     old, new = self.old[name], self.new[name]
     if not isinstance(rows, list):
@@ -259,8 +273,8 @@ def lemon(pair: Pair) -> Growth:
 def msg(pair: Pair) -> Growth:
   if pair.options.maps:
     raise errors.UserError(
-      f"maps={pair.options.maps!r}: expected none; method='msg' keeps the"
-      " source in front and masks what stands behind it"
+      f"{option(pair.path, 'maps')}={pair.options.maps!r}: expected none;"
+      " method='msg' keeps the source in front and masks what stands behind it"
     )
   return Growth(
     width={

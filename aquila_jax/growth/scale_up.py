@@ -95,7 +95,8 @@ def make_growth(
     seed=seed,
     path=path,
   )
-  growth = methods.find(options.method)(pair)
+  what = methods.option(path, "method")
+  growth = methods.find(options.method, what=what)(pair)
   _check_maps(growth, source, target)
   _check_epsilon(growth, source, target, path=path)
   return growth
@@ -111,8 +112,9 @@ def check_pair(
   """
   if options.method in ("random", "ligo") and options.optimizer == "grow":
     raise errors.UserError(
-      f"optimizer='grow': expected 'reset'; method={options.method!r} keeps no"
-      " parameter that moments could belong to"
+      f"{methods.option(path, 'optimizer')}='grow': expected 'reset';"
+      f" method={options.method!r} keeps no parameter that moments could belong"
+      " to"
     )
   refuse_masked(source)
   kept = dict(_KEPT)

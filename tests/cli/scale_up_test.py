@@ -166,8 +166,8 @@ def test_mistakes_are_refused(commands, dense, data, tmp_path):
       ),
       "a method that keeps no moments": (
         (*grow, "--method=random"),
-        "optimizer='grow': expected 'reset'; method='random' keeps no parameter"
-        " that moments could belong to",
+        "config.stages.scale_up.init.optimizer='grow': expected 'reset';"
+        " method='random' keeps no parameter that moments could belong to",
       ),
       "a depth rule that is not the method's": (
         (*grow, "--config.stages.scale_up.init.method=aki", "--method=aki_pro")

@@ -464,7 +464,7 @@ def test_maps_that_do_not_fit_are_refused(maps, message, tmp_path):
   target = tiny.replace(tiny.SOURCE, mlp_dim=12)
   with pytest.raises(errors.UserError) as caught:
     plan_growth(tiny.SOURCE, target, _options(method="fpi", maps=str(file)))
-  assert str(caught.value) == f"maps={str(file)!r}{message}"
+  assert str(caught.value) == f"config.init.maps={str(file)!r}{message}"
 
 
 def test_a_source_index_that_is_left_out_names_a_leaf(tmp_path):
@@ -521,13 +521,14 @@ def test_a_method_of_ones_own_has_all_that_ours_have():
   [
     (
       "no_such_module:grow",
-      "method='no_such_module:grow': No module named 'no_such_module'",
+      "config.init.method='no_such_module:grow': No module named"
+      " 'no_such_module'",
     ),
-    (":", "method=':': Empty module name"),
+    (":", "config.init.method=':': Empty module name"),
     (
       "builtins:repr",
-      "method='builtins:repr': expected a function from a Pair to a Growth; it"
-      " gave a str",
+      "config.init.method='builtins:repr': expected a function from a Pair to a"
+      " Growth; it gave a str",
     ),
     (
       f"{__name__}:mistaken",

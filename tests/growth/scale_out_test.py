@@ -13,6 +13,7 @@ import pytest
 from aquila_jax.core import errors
 from aquila_jax.core.experiment_config import ScaleOut
 from aquila_jax.core.model_config import (
+  GrowthMask,
   LinearRopeScaling,
   ModelConfig,
   MoeConfig,
@@ -258,4 +259,20 @@ def test_a_source_with_experts_is_refused():
     scale_out(tiny.stored(config, moments=None), config, OPTIONS)
   assert str(caught.value) == (
     "the source has 4 experts; Scale-Out starts from a dense model"
+  )
+
+
+def test_a_masked_source_is_refused():
+  mask = GrowthMask(
+    value=0.5, embed_dim=8, mlp_dim=5, num_kv_heads=2, queries_per_kv=3
+  )
+  source = tiny.stored(tiny.SOURCE, moments=None)
+  masked = tiny.replace(tiny.SOURCE, growth_mask=mask)
+  source = dataclasses.replace(source, config=masked)
+  target = tiny.replace(masked, moe=tiny.MOE)
+  with pytest.raises(errors.UserError) as caught:
+    scale_out(source, target, ScaleOut(source="dense"))
+  assert str(caught.value) == (
+    "the source's growth_mask is 0.5: what a masked growth added does not count"
+    " whole; train the source with mask_steps until its mask is 1"
   )

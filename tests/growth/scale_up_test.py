@@ -293,8 +293,8 @@ def test_random_is_the_targets_own_initialisation():
   with pytest.raises(errors.UserError) as caught:
     scale_up(source, target, _options(method="random"))
   assert str(caught.value) == (
-    "optimizer='grow': expected 'reset'; method='random' keeps no parameter"
-    " that moments could belong to"
+    "config.init.optimizer='grow': expected 'reset'; method='random' keeps no"
+    " parameter that moments could belong to"
   )
 
 
