@@ -168,7 +168,8 @@ def _masked_header(kit, folder: pathlib.Path) -> str:
     # 0.5 + 4 / 9 is not 1 when the next stage grows it.
     (
       dict(stages__dense__train__mask_steps=9),
-      "config.stages.scale_up.model.growth_mask=None: expected the source's",
+      "the source's growth_mask is 0.944444: what a masked growth added does"
+      " not count whole; train the source with mask_steps until its mask is 1",
     ),
     (
       dict(
@@ -179,7 +180,7 @@ def _masked_header(kit, folder: pathlib.Path) -> str:
         stages__scale_out__model__embed_dim=16,
         stages__scale_out__model__num_heads=2,
       ),
-      "config.stages.scale_out.model.growth_mask=None: expected the source's",
+      "the source's growth_mask is 0.944444: ",
     ),
     (dict(stages__dense__train__mask_steps=8), None),
   ],
