@@ -14,6 +14,7 @@ from aquila_jax.core import array_store, errors, model_dir
 from aquila_jax.core.experiment_config import ScaleOut, ScaleUp
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.model_dir import StoredModel
+from aquila_jax.core.moments import AdamMoments
 from aquila_jax.growth.scale_out import scale_out
 from aquila_jax.growth.scale_up import scale_up
 from aquila_jax.growth.streaming import stream_scale_out, stream_scale_up
@@ -59,21 +60,17 @@ def _source(dtype: str, **fields) -> StoredModel:
   config = tiny.replace(
     tiny.SOURCE, param_dtype=dtype, compute_dtype=dtype, **fields
   )
-  source = tiny.stored(config)
-  assert source.moments is not None
   wide = jnp.float64 if dtype == "float64" else jnp.float32
-
-  def widened(tree):
-    return jax.tree.map(lambda leaf: leaf.astype(wide), tree)
-
-  moments = dataclasses.replace(
-    source.moments,
-    mu=widened(source.moments.mu),
-    nu=widened(source.moments.nu),
+  tree = jax.tree.map(lambda leaf: leaf.astype(wide), tiny.params(config))
+  # Numbers of no meaning; how they are written is the same.
+  moments = AdamMoments(
+    count=jnp.asarray(7, jnp.int32),
+    mu=tree,
+    nu=jax.tree.map(jnp.square, tree),
   )
+  source = tiny.stored(config, moments=moments)
   return dataclasses.replace(
     source,
-    moments=moments,
     ema=jax.tree.map(lambda leaf: leaf * 2, moments.mu),
     stop_tokens=(5,),
     chat_template="{{ messages }}",

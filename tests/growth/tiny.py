@@ -54,18 +54,19 @@ def params(config: ModelConfig, *, seed: int = 0) -> Params:
 def stored(config: ModelConfig, **fields) -> StoredModel:
   """A model with moments that are its gradient and the squares of it."""
   tree = params(config)
-  gradient = gradients(config, tree)
   defaults: dict[str, Any] = dict(
     config=config,
     lineage=Lineage(events=(Event(kind="scratch", name="dense"),)),
     params=tree,
     tokenizer="{}",
-    moments=AdamMoments(
+  )
+  if "moments" not in fields:  # a gradient takes seconds to compile
+    gradient = gradients(config, tree)
+    defaults["moments"] = AdamMoments(
       count=jnp.asarray(7, jnp.int32),
       mu=gradient,
       nu=jax.tree.map(jnp.square, gradient),
-    ),
-  )
+    )
   return StoredModel(**(defaults | fields))
 
 
