@@ -87,6 +87,10 @@ def _guarded(
   main: Callable[[Sequence[str]], None], argv: Sequence[str]
 ) -> NoReturn:
   _show_own_log()
+  for number in (signal.SIGTERM, signal.SIGHUP):
+    # So that what is half written is removed; nohup's choice stays.
+    if signal.getsignal(number) is signal.SIG_DFL:
+      signal.signal(number, _interrupt)
   try:
     main(argv[1:])
   except errors.UserError as error:
@@ -104,6 +108,11 @@ def _guarded(
     )
   logging.flush()
   sys.exit(0)
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+  del frame
+  raise KeyboardInterrupt(number)
 
 
 def _show_own_log() -> None:

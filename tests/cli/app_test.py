@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
+import sys
+
+import pytest
 
 from tests.cli.commands import ROOT, SMOKE, ended
 
@@ -121,3 +126,37 @@ def test_reader_that_leaves_is_no_fault(commands):
       one = ended(process)
     assert one.code == 1
     assert "BrokenPipe" not in one.err
+
+
+# Is told to end while it writes a directory.
+_WRITER = """
+import os, signal, sys
+from aquila_jax.cli import app
+from aquila_jax.core import model_dir
+
+output, number = sys.argv.pop(), int(sys.argv.pop())
+def main():
+  with model_dir.new_directory(output) as partial:
+    (partial / "half").write_text("")
+    os.kill(os.getpid(), number)
+    raise AssertionError("it goes on")
+app.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+  "number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
+)
+def test_a_command_that_is_told_to_end_leaves_nothing_half_written(
+  number, tmp_path
+):
+  done = subprocess.run(
+    [sys.executable, "-c", _WRITER, str(int(number)), str(tmp_path / "new")],
+    cwd=ROOT,
+    check=False,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 128 + number, done.stderr
+  assert done.stderr.splitlines()[-1].startswith("aquila_jax: stopped; ")
+  assert list(tmp_path.iterdir()) == []
