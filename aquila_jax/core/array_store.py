@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 from etils import epath
+from flax import traverse_util
 
 from aquila_jax.core import errors
 from aquila_jax.core.axes import LeafAxes
@@ -207,7 +208,7 @@ def read_tree(directory: epath.Path, like: Any) -> Any:
   reader = TreeReader(directory, like)
   keys = [keys for keys, _ in _named_leaves(like)]
   reads = {k: reader.start(".".join(k)) for k in keys}
-  return _nested(
+  return traverse_util.unflatten_dict(
     {
       k: jnp.asarray(reader.finish(".".join(k), read))
       for k, read in reads.items()
@@ -225,16 +226,6 @@ def _damaged(
 def _named_leaves(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
   return [(tuple(entry.key for entry in path), leaf) for path, leaf in flat]
-
-
-def _nested(values: dict[tuple[str, ...], Any]) -> Any:
-  tree: dict[str, Any] = {}
-  for keys, value in values.items():
-    node = tree
-    for key in keys[:-1]:
-      node = node.setdefault(key, {})
-    node[keys[-1]] = value
-  return tree
 
 
 def _spec(directory: epath.Path, keys: Sequence[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jaxtyping import Float, Int
 
 from aquila_jax.core import dtypes
@@ -130,20 +131,17 @@ def _layer(
   tree: Tree, leaves: Mapping[str, LeafSpec], layer: int
 ) -> dict[str, Any]:
   """The parameters of one layer."""
-  nested: dict[str, Any] = {}
+  arrays: dict[str, jax.Array] = {}
   for name, spec in leaves.items():
-    first, *folders, last = name.split(".")
-    if first != _LAYERS:
+    folder, _, inside = name.partition(".")
+    if folder != _LAYERS:
       continue
     filled = np.empty(spec.shape[1:], spec.dtype)
     for index in slices(spec):
       if index[0] == layer:
         filled[index[1:]] = tree.read(name, index=index)
-    node = nested
-    for folder in folders:
-      node = node.setdefault(folder, {})
-    node[last] = jnp.asarray(filled)
-  return nested
+    arrays[inside] = jnp.asarray(filled)
+  return traverse_util.unflatten_dict(arrays, sep=".")
 
 
 def _head(

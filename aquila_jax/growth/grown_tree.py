@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from aquila_jax.core.array_store import VOCAB_BLOCK
 from aquila_jax.core.axes import LeafAxes
@@ -44,12 +45,10 @@ class ArrayTree:
 
   Args:
     tree: nested dicts of arrays, on the host or on devices.
-    prefix: put before every name.
   """
 
-  def __init__(self, tree: Any, *, prefix: str = ""):
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    self._leaves = {prefix + leaf_name(path): leaf for path, leaf in flat}
+  def __init__(self, tree: Any):
+    self._leaves: dict[str, Any] = traverse_util.flatten_dict(tree, sep=".")
 
   def read(self, name: str, *, index: Index = ()) -> np.ndarray:
     return np.asarray(self._leaves[name][index])
@@ -274,17 +273,13 @@ def materialise(
   Returns:
     The arrays.
   """
-  nested: dict[str, Any] = {}
-  for name, spec in leaves.items():
-    *folders, last = name.split(".")
-    node = nested
-    for folder in folders:
-      node = node.setdefault(folder, {})
-    if shardings is None:
-      node[last] = _whole(tree, name, spec)
-    else:
-      node[last] = _sharded(tree, name, spec, shardings[name])
-  return nested
+  arrays = {
+    name: _whole(tree, name, spec)
+    if shardings is None
+    else _sharded(tree, name, spec, shardings[name])
+    for name, spec in leaves.items()
+  }
+  return traverse_util.unflatten_dict(arrays, sep=".")
 
 
 def _whole(tree: Tree, name: str, spec: LeafSpec) -> jax.Array:

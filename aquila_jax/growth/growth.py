@@ -101,8 +101,9 @@ class Growth:
 
   def takes_next_layer(self, axes: LeafAxes) -> bool:
     """Whether a leaf has entries that come from the layer above."""
-    return axes.has("layer") and bool(
-      self.from_next_layer.intersection(self._grown(axes, Role.WRITES))
+    return axes.has("layer") and any(
+      axes.has(name, Role.WRITES) and self.width[name].is_new.any()
+      for name in self.from_next_layer
     )
 
   def slice(
@@ -174,13 +175,6 @@ class Growth:
     if powers.draws and not is_bias:
       filler.draw(rng, is_norm_scale=axes.is_norm_scale)
     return filler.out.reshape(rows.shape + columns.shape)
-
-  def _grown(self, axes: LeafAxes, role: Role) -> Iterator[str]:
-    """The axes that the leaf has in a role, and that gain indices."""
-    for axis in axes.axes:
-      if axis.role is role and axis.name in self.width:
-        if self.width[axis.name].is_new.any():
-          yield axis.name
 
   def _scale_factor(self, axes: tuple[Axis, ...]) -> float:
     """What a norm's scale is multiplied by."""
@@ -279,10 +273,10 @@ class _Filler:
       # Those of one copy, and those of none.
       alone = np.concatenate([order[counts == 1], np.flatnonzero(rows.empty)])
       self._copy_rows(np.sort(alone))
-    order, counts = order[counts > 1], counts[counts > 1]
+    order = order[counts > 1]
     level = wide.type(noise * self._root_mean_square())
     live = (~self._columns.empty).astype(wide)
-    for block in self._whole_groups(order, counts):
+    for block in self._whole_groups(order):
       here = order[block]
       source, divisor = rows.source[here], rows.divisor[here]
       shares = np.zeros((len(here), out.shape[1]), wide)
@@ -304,9 +298,7 @@ class _Filler:
       drawn *= live  # what is written by zeros stays so
       out[here] = shares + drawn
 
-  def _whole_groups(
-    self, order: np.ndarray, counts: np.ndarray
-  ) -> Iterator[slice]:
+  def _whole_groups(self, order: np.ndarray) -> Iterator[slice]:
     """Blocks of rows in which no source row's copies are torn apart."""
     start = 0
     for block in blocks(len(order), width=self._columns.size):
@@ -319,7 +311,6 @@ class _Filler:
       if stop > start:
         yield slice(start, stop)
       start = max(start, stop)
-    del counts
 
   def _root_mean_square(self) -> float:
     """Of the shares, over all that is copied."""

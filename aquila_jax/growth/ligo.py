@@ -45,7 +45,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
@@ -91,14 +90,14 @@ def init_operator(
   Returns:
     The operator.
   """
-  grown = {name: m for name, m in width.items() if not _is_identity(m)}
+  grown = {name: m for name, m in width.items() if not m.is_identity}
   assert not set(grown) & {"layer", *_STAY}, f"{sorted(grown)} cannot all grow"
   named = jax.tree_util.tree_flatten_with_path(axes)[0]
   for _, leaf in named:
     for name in grown:
       assert not leaf.has(name, Role.NEITHER), f"{name} is indexed by"
   stacked = []
-  if not _is_identity(layers):
+  if not layers.is_identity:
     stacked = [path_name(path) for path, leaf in named if leaf.has("layer")]
   return Operator(
     writes={name: _one_hot(m, dtype) for name, m in grown.items()},
@@ -108,10 +107,6 @@ def init_operator(
     },
     depth={name: _one_hot(layers, dtype) for name in stacked},
   )
-
-
-def _is_identity(axis_map: AxisMap) -> bool:
-  return np.array_equal(axis_map.source, np.arange(axis_map.source_size))
 
 
 def _one_hot(axis_map: AxisMap, dtype: Any) -> Float[Array, "target source"]:

@@ -41,6 +41,7 @@ config as "module:function"; Python must find the module (PYTHONPATH).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
 from collections.abc import Callable, Mapping
@@ -112,13 +113,13 @@ class Pair:
       The map.
     """
     chosen = self.options.layers
-    if "layer" in self._file():
+    if "layer" in self._file:
       if chosen or self.options.depth or self.options.method == "aki_pro":
         raise errors.UserError(
           f"{self._maps}: layer: expected none beside layers,"
           " depth or method='aki_pro', which say the same"
         )
-      given = self._checked("layer", self._file()["layer"])
+      given = self._checked("layer", self._file["layer"])
       chosen = tuple(given.source.tolist())
     try:
       if chosen:
@@ -155,7 +156,7 @@ class Pair:
     """The maps of the user's file, but for `layer`."""
     return {
       name: self._checked(name, rows)
-      for name, rows in self._file().items()
+      for name, rows in self._file.items()
       if name != "layer"
     }
 
@@ -163,6 +164,7 @@ class Pair:
   def _maps(self) -> str:
     return f"{option(self.path, 'maps')}={self.options.maps!r}"
 
+  @functools.cached_property
   def _file(self) -> dict[str, Any]:
     path = self.options.maps
     if not path:

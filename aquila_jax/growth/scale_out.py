@@ -89,9 +89,7 @@ def scale_out(
         ema, target, router=lambda shape: _widened(draw_router(shape))
       )
     params = copy_experts(params, target, router=draw_router)
-    declared = decoder_lm.abstract_params(target)
-    params = jax.tree.map(lambda p, d: p.astype(d.dtype), params, declared)
-    return params, moments, ema
+    return decoder_lm.as_declared(params, target), moments, ema
 
   keep_moments = options.optimizer == "grow"
   params, moments, ema = upcycle(

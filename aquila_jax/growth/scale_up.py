@@ -89,8 +89,8 @@ def make_growth(
   """
   check_pair(source, target, options, path=path)
   pair = methods.Pair(
-    old=_sizes(source),
-    new=_sizes(target),
+    old=model_sizes(source),
+    new=model_sizes(target),
     options=options,
     seed=seed,
     path=path,
@@ -162,7 +162,7 @@ def refuse_masked(source: ModelConfig) -> None:
 def _check_sizes(
   source: ModelConfig, target: ModelConfig, *, path: str
 ) -> None:
-  old, new = _sizes(source), _sizes(target)
+  old, new = model_sizes(source), model_sizes(target)
   for axis, field in methods.FIELDS.items():
     # As many query heads as before in each of the target's groups.
     groups = target.num_kv_heads if axis == "q_per_kv" else 1
@@ -182,7 +182,7 @@ def _check_maps(
   Raises:
     errors.UserError: naming the axis, and a leaf that has it.
   """
-  old, new = _sizes(source), _sizes(target)
+  old, new = model_sizes(source), model_sizes(target)
   leaves = model_leaves(target)
   lost = set(model_leaves(source)).symmetric_difference(leaves)
   assert not lost, f"leaves of one of the two only: {sorted(lost)}"
@@ -269,9 +269,8 @@ def scale_up(
     errors.UserError: as `make_growth`, or on method='random' with
       optimizer='grow'.
   """
-  header = grown_header(
-    source, target, options, seed=seed, name=name, path=path
-  )
+  plan = plan_growth(source.config, target, options, seed=seed, path=path)
+  header = _header(source, plan, options, seed=seed, name=name)
   if options.method == "random":
     initialise = jax.jit(
       functools.partial(decoder_lm.init_params, target), out_shardings=shardings
@@ -279,7 +278,8 @@ def scale_up(
     return dataclasses.replace(
       header, params=initialise(key=jax.random.key(seed))
     )
-  growth = make_growth(source.config, target, options, seed=seed, path=path)
+  growth = plan.growth
+  assert growth is not None
   refuse_learned(growth)
   by_leaf = None
   if shardings is not None:
@@ -289,14 +289,10 @@ def scale_up(
 
   def grown(role: str, tree: Any) -> Any:
     leaves = model_leaves(target, role=role)
-    source_tree = ArrayTree(tree)
-    return materialise(
-      GrownTree(
-        source_tree, growth, leaves=leaves, powers=POWERS[role], seed=seed
-      ),
-      leaves,
-      shardings=by_leaf,
+    grown_tree = GrownTree(
+      ArrayTree(tree), growth, leaves=leaves, powers=POWERS[role], seed=seed
     )
+    return materialise(grown_tree, leaves, shardings=by_leaf)
 
   moments = source.moments if options.optimizer == "grow" else None
   return dataclasses.replace(
@@ -342,6 +338,18 @@ def grown_header(
   measured.
   """
   plan = plan_growth(source.config, target, options, seed=seed, path=path)
+  return _header(source, plan, options, seed=seed, name=name, checked=checked)
+
+
+def _header(
+  source: StoredModel,
+  plan: Plan,
+  options: ScaleUp,
+  *,
+  seed: int,
+  name: str,
+  checked: Check | None = None,
+) -> StoredModel:
   event = Event(
     kind="scale_up",
     name=name,
@@ -367,6 +375,7 @@ class Plan:
   """What a growth will do, in words and numbers, before it does it."""
 
   method: str
+  growth: Growth | None  # None where nothing of the source is kept
   config: ModelConfig  # of the grown model
   exactness: Exactness
   axes: dict[str, str]  # of each that grows: where it comes from
@@ -414,6 +423,7 @@ def plan_growth(
     everything = {"embed": target.embed_dim, "head_dim": target.head_dim}
     return Plan(
       method="random",
+      growth=None,
       config=target,
       exactness=Exactness(
         exact=False, reasons=("nothing of the source's parameters is kept",)
@@ -431,6 +441,7 @@ def plan_growth(
   }
   return Plan(
     method=options.method,
+    growth=growth,
     config=growth.config(source, target),
     exactness=predict(growth, source, target),
     axes=words,
@@ -464,15 +475,16 @@ def model_leaves(
   }
 
 
-def _num_parameters(config: ModelConfig) -> int:
-  shapes = jax.tree.leaves(decoder_lm.abstract_params(config))
-  return sum(math.prod(leaf.shape) for leaf in shapes)
-
-
-def _sizes(config: ModelConfig) -> dict[str, int]:
+def model_sizes(config: ModelConfig) -> dict[str, int]:
+  """The size of every axis of a model, by name."""
   return axis_map.axis_sizes(
     decoder_lm.parameter_axes(config), decoder_lm.abstract_params(config)
   )
+
+
+def _num_parameters(config: ModelConfig) -> int:
+  shapes = jax.tree.leaves(decoder_lm.abstract_params(config))
+  return sum(math.prod(leaf.shape) for leaf in shapes)
 
 
 def _shown(value: Any) -> str:

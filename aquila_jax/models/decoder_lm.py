@@ -326,3 +326,21 @@ def abstract_params(config: ModelConfig) -> Params:
 def parameter_axes(config: ModelConfig) -> Any:
   """The declared `LeafAxes` of every parameter, in the same structure."""
   return _abstract(config)[1]
+
+
+def as_declared(params: Params, config: ModelConfig) -> Params:
+  """Parameters in the dtypes that an architecture declares.
+
+  Args:
+    params: in its shapes, in any dtype.
+    config: the architecture.
+
+  Returns:
+    The same values.
+  """
+
+  def cast(leaf, declared):
+    assert leaf.shape == declared.shape, (leaf.shape, declared.shape)
+    return leaf.astype(declared.dtype)
+
+  return jax.tree.map(cast, params, abstract_params(config))

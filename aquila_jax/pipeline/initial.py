@@ -235,11 +235,7 @@ def load(source: StoredModel, target: ModelConfig, *, path: str) -> StoredModel:
     errors.UserError: as `check_same_architecture`.
   """
   check_same_architecture(source.config, target, path=path)
-  params = jax.tree.map(
-    lambda leaf, declared: leaf.astype(declared.dtype),
-    source.params,
-    decoder_lm.abstract_params(target),
-  )
+  params = decoder_lm.as_declared(source.params, target)
   taken = {name: getattr(source.config, name) for name in _TAKEN}
   return dataclasses.replace(
     source, config=dataclasses.replace(target, **taken), params=params

@@ -63,6 +63,7 @@ from aquila_jax.data.loader import DataState
 from aquila_jax.growth import axis_map, ligo
 from aquila_jax.growth.axis_map import AxisMap, AxisMaps
 from aquila_jax.growth.ligo import Operator
+from aquila_jax.growth.scale_up import model_sizes
 from aquila_jax.models import decoder_lm
 from aquila_jax.planning import counting
 from aquila_jax.sharding.rules import param_shardings
@@ -186,7 +187,7 @@ def planned_flops(
   Returns:
     FLOPs of the whole learning; 0 where nothing grows.
   """
-  old, new = _sizes(source), _sizes(target)
+  old, new = model_sizes(source), model_sizes(target)
   maps = {name: axis_map.circular(old[name], new[name]) for name in old}
   layers = maps.pop("layer")
   axes = decoder_lm.parameter_axes(source)
@@ -200,12 +201,6 @@ def planned_flops(
     train.tokens_per_step * a_token + products.forward + products.backward
   )
   return train.steps * a_step + products.forward
-
-
-def _sizes(config: ModelConfig) -> dict[str, int]:
-  return axis_map.axis_sizes(
-    decoder_lm.parameter_axes(config), decoder_lm.abstract_params(config)
-  )
 
 
 def learn_growth(job: GrowthJob) -> Learned:
@@ -239,7 +234,7 @@ def learn_growth(job: GrowthJob) -> Learned:
     )
   grow = jax.jit(_make_grow(job))
   return Learned(
-    params=_as_declared(grow(operator, source), job.target),
+    params=decoder_lm.as_declared(grow(operator, source), job.target),
     ema=None if ema is None else grow(operator, ema),
     operator=operator,
     losses=step_losses,
@@ -274,16 +269,6 @@ def _make_grow(job: GrowthJob) -> Grow:
     return jax.lax.with_sharding_constraint(grown, shardings)
 
   return grow
-
-
-def _as_declared(params: Params, target: ModelConfig) -> Params:
-  """Casts to the target's dtype; every leaf must have the target's shape."""
-
-  def cast(leaf, declared):
-    assert leaf.shape == declared.shape, (leaf.shape, declared.shape)
-    return leaf.astype(declared.dtype)
-
-  return jax.tree.map(cast, params, decoder_lm.abstract_params(target))
 
 
 def _learn(
@@ -352,7 +337,7 @@ def _make_step(
   def step(state, source, batch):
     def loss_fn(operator):
       out: Any = decoder.apply(
-        {"params": _as_declared(grow(operator, source), job.target)},
+        {"params": decoder_lm.as_declared(grow(operator, source), job.target)},
         batch.tokens,
         positions=batch.positions,
         segments=batch.segments,

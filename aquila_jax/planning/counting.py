@@ -173,12 +173,10 @@ def _count_leaf(
   if axes.has("expert", Role.NEITHER):
     assert config.moe is not None
     active = parameters // config.moe.num_experts * config.moe.top_k
-  roles = {axis.role for axis in axes.axes}
-  is_matrix = {Role.READS, Role.WRITES} <= roles
   return PartCount(
     parameters=parameters,
     active=active,
-    forward_flops=2 * active if is_matrix else 0,
+    forward_flops=2 * active if axes.is_map else 0,
   )
 
 

@@ -28,8 +28,7 @@ def is_matrix(leaf: LeafAxes) -> bool:
   by `vocab`. Norm scales and biases only write (in front of a tied LM head:
   only read), so they are vectors, stacked over layers or not.
   """
-  roles = {axis.role for axis in leaf.axes}
-  return {Role.READS, Role.WRITES} <= roles or leaf.has("vocab")
+  return leaf.is_map or leaf.has("vocab")
 
 
 def make_optimizer(

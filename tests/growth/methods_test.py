@@ -11,24 +11,17 @@ import numpy as np
 import pytest
 
 from aquila_jax.core import errors
-from aquila_jax.core.axes import Role
 from aquila_jax.core.experiment_config import MeshConfig, ScaleUp
 from aquila_jax.core.model_config import (
   GrowthMask,
   LinearRopeScaling,
-  ModelConfig,
 )
-from aquila_jax.core.model_dir import StoredModel
-from aquila_jax.growth import axis_map, methods
-from aquila_jax.growth.growth import Growth
 from aquila_jax.growth.scale_up import plan_growth, scale_up
 from aquila_jax.models import decoder_lm
 from aquila_jax.sharding.mesh import make_mesh
 from aquila_jax.sharding.rules import param_shardings
-from tests.growth import tiny
+from tests.growth import growing, tiny
 
-# float64: 2^-52 times the sums of a forward pass.
-EXACT = 1e-13
 DOUBLE = dict(embed_dim=16, mlp_dim=20, num_kv_heads=4, num_heads=12)
 UNEVEN = dict(embed_dim=11, mlp_dim=17, num_heads=10)
 DEEP = dict(num_layers=5)
@@ -39,23 +32,6 @@ TIED = dict(tied_embeddings=True)
 
 def _options(**fields) -> ScaleUp:
   return ScaleUp(source="dense", **fields)
-
-
-def _grown(
-  config: ModelConfig, target: ModelConfig, options: ScaleUp, **fields
-) -> tuple[StoredModel, StoredModel]:
-  source = tiny.stored(config, **(dict(moments=None) | fields))
-  return source, scale_up(source, target, options, seed=3)
-
-
-def _difference(
-  config: ModelConfig, target: ModelConfig, options: ScaleUp
-) -> float:
-  """The largest change of a logit of the source's tokens."""
-  source, grown = _grown(config, target, options)
-  before = tiny.logits(config, source.params)
-  after = tiny.logits(grown.config, grown.params)[:, : config.vocab_size]
-  return float(np.abs(after - before).max() / np.abs(before).max())
 
 
 # Source, target, options, and whether the function is kept.
@@ -184,8 +160,8 @@ def test_exactness_is_predicted_and_found(name):
   predicted = plan_growth(config, target, options).exactness
   assert predicted.exact == exact, predicted.in_words()
   assert bool(predicted.reasons) != exact
-  difference = _difference(config, target, options)
-  assert difference < EXACT if exact else difference > 1e-4
+  difference = growing.difference(config, target, options)
+  assert difference < growing.EXACT if exact else difference > 1e-4
 
 
 def test_reasons_are_told():
@@ -210,7 +186,7 @@ def test_reasons_are_told():
 
 def test_the_event_says_what_was_done():
   target = tiny.replace(tiny.SOURCE, **UNEVEN, **PADDED)
-  _, grown = _grown(tiny.SOURCE, target, _options(method="lemon"))
+  _, grown = growing.grown(tiny.SOURCE, target, _options(method="lemon"))
   growth = grown.lineage.events[-1].growth
   assert growth is not None
   assert (growth["method"], growth["exact"]) == ("lemon", True)
@@ -231,7 +207,7 @@ WRITERS = ("layers/attention/out_kernel", "layers/mlp/down_kernel")
 def test_what_lemon_adds_to_the_residual_is_trained():
   """With zeros on both sides of the new indices nothing of them would be."""
   target = tiny.replace(tiny.SOURCE, **UNEVEN, **PADDED)
-  _, grown = _grown(tiny.SOURCE, target, _options(method="lemon"))
+  _, grown = growing.grown(tiny.SOURCE, target, _options(method="lemon"))
   params = tiny.arrays(grown.params)
   for name in (*WRITERS, "embedding/table"):
     assert not params[name][..., 8:].any(), name
@@ -263,7 +239,7 @@ def test_what_lemon_adds_to_the_residual_is_trained():
 )
 def test_copies_have_gradients_of_their_own_under_noise(chosen, apart):
   target = tiny.replace(tiny.SOURCE, **DOUBLE)
-  _, grown = _grown(tiny.SOURCE, target, _options(**chosen))
+  _, grown = growing.grown(tiny.SOURCE, target, _options(**chosen))
   up = tiny.arrays(tiny.gradients(target, grown.params))["layers/mlp/up_kernel"]
   one, other = up[..., :10], up[..., 10:]
   same = np.abs(one - other).max() < 1e-13 * np.abs(up).max()
@@ -274,7 +250,7 @@ def test_the_noise_has_the_size_that_was_asked_for():
   """Two copies: +-eta on a share of W / 2, of 10 dB less power."""
   config = tiny.replace(tiny.SOURCE, mlp_dim=400)
   target = tiny.replace(config, mlp_dim=800)
-  source, grown = _grown(config, target, _options(method="hypercloning"))
+  source, grown = growing.grown(config, target, _options(method="hypercloning"))
   before = tiny.arrays(source.params)["layers/mlp/down_kernel"]
   after = tiny.arrays(grown.params)["layers/mlp/down_kernel"]
   one, other = after[:, :400], after[:, 400:]
@@ -287,14 +263,14 @@ def test_the_noise_has_the_size_that_was_asked_for():
 def test_zero_blocks_of_lemon_cancel_over_the_copies():
   target = tiny.replace(tiny.SOURCE, **DOUBLE, **DEEP)
   options = _options(method="fpi", depth="lemon")
-  _, grown = _grown(tiny.SOURCE, target, options)
+  _, grown = growing.grown(tiny.SOURCE, target, options)
   params = tiny.arrays(grown.params)
   down = params["layers/mlp/down_kernel"][2]  # layers 0 1 1' 2 2'
   assert np.abs(down).min() > 0
   np.testing.assert_allclose(down[:10], -down[10:], atol=1e-15)
   # Without copies there is nothing that could cancel.
   deep = tiny.replace(tiny.SOURCE, **DEEP)
-  _, grown = _grown(tiny.SOURCE, deep, options)
+  _, grown = growing.grown(tiny.SOURCE, deep, options)
   assert not tiny.arrays(grown.params)["layers/mlp/down_kernel"][2].any()
 
 
@@ -413,139 +389,6 @@ def test_new_tokens_are_the_mean_of_all_or_copies_that_are_given(tmp_path):
   assert not np.asarray(mean.moments.mu["embedding"]["table"])[13:].any()
   assert mean.lineage.new_indices is not None
   assert mean.lineage.new_indices["vocab"] == [[13, 16]]
-
-
-def test_maps_of_a_user_stand_above_the_methods(tmp_path):
-  target = tiny.replace(tiny.SOURCE, mlp_dim=12, num_layers=4)
-  file = tmp_path / "maps.json"
-  maps = {"mlp": [9, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9], "layer": [0, 0, 1, 2]}
-  file.write_text(json.dumps(maps))
-  options = _options(method="fpi", maps=str(file))
-  source, grown = _grown(tiny.SOURCE, target, options)
-  up = np.asarray(source.params["layers"]["mlp"]["up_kernel"])
-  np.testing.assert_array_equal(
-    np.asarray(grown.params["layers"]["mlp"]["up_kernel"]),
-    up[maps["layer"]][..., maps["mlp"]],
-  )
-
-
-@pytest.mark.parametrize(
-  ("maps", "message"),
-  [
-    (
-      {"mlp": [0] * 11},
-      ": mlp fills 11 indices; expected a source index for each of the target's"
-      " 12",
-    ),
-    ({"mlp": [*range(11), 10]}, ": mlp[10]=10: expected 0 to 9"),
-    ({"mlp": [*range(11), None]}, ": mlp[10]=10: expected 0 to 9"),
-    ({"mpl": []}, ": axis='mpl' is unknown; did you mean 'mlp'?"),
-    ([1], ": expected an object of lists"),
-    ({"mlp": [False, *range(11)]}, ": mlp[0]=false: expected 0 to 9"),
-    ({"layer": [0, 0.5, 1]}, ": layer[1]=0.5: expected 0 to 2"),
-    ({"layer": [0, None, 1]}, ": layer[1]=null: expected 0 to 2"),
-    ({"layer": 3}, ": layer: expected a list"),
-    (
-      {"layer": []},
-      ": layer fills 0 indices; expected a source index for each of the"
-      " target's 3",
-    ),
-    (
-      {"vocab": [1, 0, *range(2, 13)]},
-      ": vocab[0]=1: expected 0; tokens keep their ids, and new ones stand"
-      " behind them",
-    ),
-    ({"mlp": 3}, ": mlp: expected a list"),
-  ],
-)
-def test_maps_that_do_not_fit_are_refused(maps, message, tmp_path):
-  file = tmp_path / "maps.json"
-  file.write_text(json.dumps(maps))
-  target = tiny.replace(tiny.SOURCE, mlp_dim=12)
-  with pytest.raises(errors.UserError) as caught:
-    plan_growth(tiny.SOURCE, target, _options(method="fpi", maps=str(file)))
-  assert str(caught.value) == f"config.init.maps={str(file)!r}{message}"
-
-
-def test_a_source_index_that_is_left_out_names_a_leaf(tmp_path):
-  file = tmp_path / "maps.json"
-  file.write_text(json.dumps({"mlp": [*range(9), *range(9)]}))
-  target = tiny.replace(tiny.SOURCE, mlp_dim=18)
-  with pytest.raises(errors.UserError) as caught:
-    plan_growth(tiny.SOURCE, target, _options(method="fpi", maps=str(file)))
-  assert str(caught.value) == (
-    "the map of mlp copies index 9 nowhere, so a part of leaf"
-    " 'layers.mlp.down_kernel' is lost; Scale-Up does not shrink"
-  )
-
-
-def net2net(pair: methods.Pair) -> Growth:
-  """A method of a reader: fresh neurons, and everything else as FPI has it."""
-  neurons = axis_map.padded(pair.old["mlp"], pair.new["mlp"], silent=Role.READS)
-  return Growth(width=pair.widths(mlp=neurons), layers=pair.layers("llama_pro"))
-
-
-def mistaken(pair: methods.Pair) -> Growth:
-  """A method that names no axis."""
-  return Growth(
-    width=pair.widths(),
-    layers=pair.layers(),
-    from_next_layer=frozenset({"mpl"}),
-  )
-
-
-def forgetful(pair: methods.Pair) -> Growth:
-  """A method that forgets an axis."""
-  width = pair.widths()
-  del width["mlp"]
-  return Growth(width=width, layers=pair.layers())
-
-
-def test_a_method_of_ones_own_has_all_that_ours_have():
-  target = tiny.replace(tiny.SOURCE, mlp_dim=15, embed_dim=16, num_layers=4)
-  options = _options(method=f"{__name__}:net2net")
-  plan = plan_growth(tiny.SOURCE, target, options)
-  assert plan.exactness.exact
-  assert plan.axes["mlp"] == (
-    "10 -> 15 (padded): 10 copied once, 5 new, read by zeros"
-  )
-  assert _difference(tiny.SOURCE, target, options) < EXACT
-  _, grown = _grown(tiny.SOURCE, target, options)
-  params = tiny.arrays(grown.params)
-  assert not params["layers/mlp/down_kernel"][:, 10:].any()
-  assert np.abs(params["layers/mlp/up_kernel"][:, :, 10:]).min() > 0
-
-
-@pytest.mark.parametrize(
-  ("method", "message"),
-  [
-    (
-      "no_such_module:grow",
-      "config.init.method='no_such_module:grow': No module named"
-      " 'no_such_module'",
-    ),
-    (":", "config.init.method=':': Empty module name"),
-    (
-      "builtins:repr",
-      "config.init.method='builtins:repr': expected a function from a Pair to a"
-      " Growth; it gave a str",
-    ),
-    (
-      f"{__name__}:mistaken",
-      "from_next_layer='mpl' is unknown; did you mean 'mlp'?",
-    ),
-    (
-      f"{__name__}:forgetful",
-      "the method has no map of mlp, which leaf 'layers.mlp.down_kernel' has:"
-      " it grows from 10 to 15",
-    ),
-  ],
-)
-def test_methods_that_are_none_are_refused(method, message):
-  target = tiny.replace(tiny.SOURCE, mlp_dim=15)
-  with pytest.raises(errors.UserError) as caught:
-    plan_growth(tiny.SOURCE, target, _options(method=method))
-  assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(

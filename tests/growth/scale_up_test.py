@@ -17,31 +17,16 @@ from aquila_jax.core.experiment_config import ScaleUp
 from aquila_jax.core.model_config import (
   LinearRopeScaling,
   Llama3RopeScaling,
-  ModelConfig,
 )
 from aquila_jax.growth import scale_up as scale_up_lib
 from aquila_jax.growth.scale_up import scale_up
 from aquila_jax.models import decoder_lm
-from tests.growth import tiny
-
-# float64: 2^-52 times the sums of a forward pass.
-EXACT = 1e-13
+from tests.growth import growing, tiny
 
 
 def _options(**fields) -> ScaleUp:
   defaults: dict[str, Any] = dict(source="dense", method="fpi")
   return ScaleUp(**(defaults | fields))
-
-
-def _difference(
-  config: ModelConfig, target: ModelConfig, options: ScaleUp
-) -> float:
-  """The largest change of a logit, over the largest logit."""
-  source = tiny.stored(config, moments=None)
-  grown = scale_up(source, target, options)
-  before = tiny.logits(config, source.params)
-  after = tiny.logits(target, grown.params)
-  return float(np.abs(after - before).max() / np.abs(before).max())
 
 
 SHARED = dataclasses.replace(tiny.MOE, shared_expert_dim=5)
@@ -66,7 +51,7 @@ def test_fpi_is_exact_in_every_direction_together(tied, bias, moe):
     tiny.SOURCE, tied_embeddings=tied, qkv_bias=bias, moe=moe
   )
   target = tiny.replace(config, **SIZES["all"])
-  assert _difference(config, target, _options()) < EXACT
+  assert growing.difference(config, target, _options()) < growing.EXACT
 
 
 OPTIONS = {
@@ -95,7 +80,7 @@ OPTIONS = {
 def test_fpi_is_exact_with_options_of_the_model(name):
   config = tiny.replace(tiny.SOURCE, **OPTIONS[name])
   target = tiny.replace(config, **SIZES["all"])
-  assert _difference(config, target, _options()) < EXACT
+  assert growing.difference(config, target, _options()) < growing.EXACT
 
 
 def test_leaves_of_options_grow_by_their_axes():
@@ -128,7 +113,7 @@ def test_leaves_of_options_grow_by_their_axes():
 @pytest.mark.parametrize("name", SIZES)
 def test_fpi_is_exact_in_each_direction(name):
   target = tiny.replace(tiny.SOURCE, **SIZES[name])
-  assert _difference(tiny.SOURCE, target, _options()) < EXACT
+  assert growing.difference(tiny.SOURCE, target, _options()) < growing.EXACT
 
 
 @pytest.mark.parametrize(
@@ -137,7 +122,7 @@ def test_fpi_is_exact_in_each_direction(name):
 def test_random_maps_are_exact_outside_the_residual(name):
   target = tiny.replace(tiny.SOURCE, **SIZES[name])
   options = _options(width_map="random")
-  assert _difference(tiny.SOURCE, target, options) < EXACT
+  assert growing.difference(tiny.SOURCE, target, options) < growing.EXACT
 
 
 @pytest.mark.parametrize(
@@ -154,7 +139,7 @@ def test_random_maps_are_exact_outside_the_residual(name):
 )
 def test_what_is_not_exact_is_known(sizes, options):
   target = tiny.replace(tiny.SOURCE, **sizes)
-  assert _difference(tiny.SOURCE, target, options) > 1e-3
+  assert growing.difference(tiny.SOURCE, target, options) > 1e-3
 
 
 def test_float32_is_exact_to_rounding():
@@ -162,7 +147,7 @@ def test_float32_is_exact_to_rounding():
   config = tiny.replace(tiny.SOURCE, **single)
   target = tiny.replace(config, **SIZES["all"])
   # 2^-23 times sums of some hundred terms.
-  assert _difference(config, target, _options()) < 1e-5
+  assert growing.difference(config, target, _options()) < 1e-5
 
 
 # Every leaf of a layer: what its dimensions after `layer` read and write.
