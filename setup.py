@@ -36,6 +36,7 @@ _DEPENDENCIES = [
   "pyarrow>=21",
   "rich>=14",
   "safetensors>=0.8",
+  "scipy>=1.15",
   "tensorboardX>=2.6.4",
   "tensorstore>=0.1.80",
   "tokenizers>=0.22",

@@ -2,10 +2,11 @@
 
   python -m benchmarks.upcycled_moments --model=MODEL --data=DATA
 
-growth/scale_out.py divides Adam's second moments of an FFN by A E. This takes
-the gradients of a dense MODEL and of its upcycling on the same batches, and
-compares their mean squares; nu / E^2 would be right if the batches' gradients
-did not vary. The MODEL and the data of a finished `make quickstart` will do.
+growth/upcycled_tree.py divides Adam's second moments of an FFN by A E. This
+takes the gradients of a dense MODEL and of its upcycling on the same batches,
+and compares their mean squares; nu / E^2 would be right if the gradients of all
+batches were the same. The MODEL and the data of a finished `make quickstart`
+will do.
 """
 
 from __future__ import annotations

@@ -17,19 +17,13 @@ are; like the rest it goes into the lineage of the MODEL.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import math
-import os
-import types
 from typing import Any, get_args
 
-import numpy as np
 import tokenizers
-from absl import flags, logging
-from etils import epath
+from absl import flags
 
-from aquila_jax.cli import app, config_door, model_flags
+from aquila_jax.cli import app, config_door, growth_flags, model_flags
 from aquila_jax.core import config as config_lib
 from aquila_jax.core import errors
 from aquila_jax.core.allocator import keep_freed_memory
@@ -45,10 +39,9 @@ from aquila_jax.core.experiment_config import (
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.model_dir import ModelReader
 from aquila_jax.growth import checking
-from aquila_jax.growth.exactness import Check, Exactness
+from aquila_jax.growth.exactness import Check
 from aquila_jax.growth.scale_up import make_growth, plan_growth, scale_up
 from aquila_jax.growth.streaming import grown_trees, stream_scale_up
-from aquila_jax.interop.comparison import TEXTS
 
 _CONFIG = config_door.define_flag(required=False)
 _STAGE = model_flags.define_stage()
@@ -91,27 +84,15 @@ _TOKENIZER = flags.DEFINE_string(
   "tokenizer", "", "Of a vocabulary that grows: a tokenizer.json."
 )
 _SEED = model_flags.define_seed("Of all that is drawn.")
-_CHECK = flags.DEFINE_bool(
-  "check", False, "Run source and target on a text before writing."
-)
-_CHECK_FILE = flags.DEFINE_string(
-  "check_file", "", "The text of --check, in place of a standing one."
-)
-_CHECK_TOKENS = flags.DEFINE_integer(
-  "check_tokens", 256, "How much of it is read.", lower_bound=2
-)
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Do all but write.")
+_CHECK = growth_flags.define_check()
+_DRY_RUN = growth_flags.define_dry_run()
 
 
 def main() -> None:
   keep_freed_memory()
   if not _DRY_RUN.value:
-    if _OUTPUT.value is None:
-      raise errors.UserError("--output is missing; --dry_run needs none")
-    model_flags.check_output(_OUTPUT.value)
-    _refuse_inside(_OUTPUT.value, _SOURCE.value)
-  if _CHECK_FILE.value and not _CHECK.value:
-    raise errors.UserError("--check_file is read by --check only; give both")
+    growth_flags.check_output(_OUTPUT.value, _SOURCE.value)
+  _CHECK.refuse_file_alone()
   if bool(_TARGET.value) == bool(_CONFIG.value):
     raise errors.UserError("give one of --config and --target")
   if _CONFIG.value:
@@ -134,27 +115,11 @@ def main() -> None:
   for line in plan.lines():
     print(line, flush=True)
   checked = None
-  if _CHECK.value:
+  if _CHECK.wanted:
     checked = _checked(source, target, options, config=plan.config, **chosen)
-    print(checked.in_words(), flush=True)
-    _warn_of_contradiction(plan.exactness, checked)
+    growth_flags.say_checked(plan.exactness, checked)
   if not _DRY_RUN.value:
     _write(source, target, options, checked=checked, name=name, **chosen)
-
-
-def _warn_of_contradiction(exactness: Exactness, check: Check) -> None:
-  """Says so where what was measured is not what was predicted."""
-  share = check.largest_difference / check.largest_logit
-  if not math.isfinite(share):
-    raise errors.UserError(
-      "--check: the logits are not finite; nothing was written"
-    )
-  if exactness.exact and share > 0.01:
-    logging.warning(
-      "predicted exact, and logits differ by %.1f %% of the largest: %s",
-      100 * share,
-      "; ".join(exactness.notes) or "this is a fault, please report it",
-    )
 
 
 def _write(
@@ -181,16 +146,6 @@ def _write(
   )
   with_optimizer = options.optimizer == "grow" and source.optimizer is not None
   model_flags.say_written(output, grown, with_optimizer=with_optimizer)
-
-
-def _refuse_inside(output: str, source: str) -> None:
-  inside, outside = (
-    os.path.realpath(os.path.expanduser(path)) for path in (output, source)
-  )
-  if inside.startswith(outside + os.sep):
-    raise errors.UserError(
-      f"--output={output!r}: it lies in the MODEL of --source; choose another"
-    )
 
 
 def _options(stage: StageConfig, name: str) -> ScaleUp:
@@ -238,29 +193,9 @@ def _given(init: ScaleUp, path: str) -> ScaleUp:
 
 def _changed(source: ModelConfig, options: ScaleUp) -> ModelConfig:
   """The source's architecture with the fields of --target."""
-  fields = config_lib.to_dict(source)
-  named = set()
-  for part in _TARGET.value:
-    name, equals, text = part.partition("=")
-    if not equals:
-      raise errors.UserError(f"--target: {part!r} is not a field=value")
-    try:
-      value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-      value = text  # a word
-    *sections, last = name.strip().split(".")
-    node = fields
-    for section in sections:
-      below = node.get(section)
-      if not isinstance(below, dict | types.NoneType):
-        raise errors.UserError(f"--target: {part!r}: {section} has no fields")
-      node[section] = dict(below or {})
-      node = node[section]
-    if name.strip() in named:
-      raise errors.UserError(f"--target: {name.strip()} is given twice")
-    node[last] = value
-    named.add(name.strip())
-  target = config_lib.build(ModelConfig, fields, path="--target")
+  target, named = growth_flags.changed(
+    config_lib.to_dict(source), _TARGET.value
+  )
   if "norm_epsilon" in named or options.method == "random":
     return target
   factor = make_growth(
@@ -322,33 +257,8 @@ def _checked(
       config=config,
       params=grown_trees(source, target, options, **chosen)["params"],
     ),
-    _tokens(source),
+    _CHECK.tokens(source),
   )
-
-
-def _tokens(source: ModelReader) -> np.ndarray:
-  """One row of the text of --check."""
-  config = source.model.config
-  text = "\n".join(TEXTS)
-  if _CHECK_FILE.value:
-    try:
-      text = epath.Path(_CHECK_FILE.value).expanduser().read_text("utf-8")
-    except (OSError, ValueError) as error:
-      raise errors.UserError(
-        f"--check_file={_CHECK_FILE.value!r}: cannot be read: {error}"
-      ) from error
-  if source.model.tokenizer is None:  # its bytes stand for tokens
-    ids = [byte % config.vocab_size for byte in text.encode()]
-  else:
-    ids = tokenizers.Tokenizer.from_str(source.model.tokenizer).encode(text).ids
-  ids = [i for i in ids if i < config.vocab_size]
-  ids = ids[: min(_CHECK_TOKENS.value, config.context_length)]
-  if len(ids) < 2:
-    raise errors.UserError(
-      f"--check_file={_CHECK_FILE.value!r}: it has {len(ids)} tokens; expected"
-      " at least 2"
-    )
-  return np.asarray([ids], np.int64)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,19 @@ DepthRule = Literal[
   "interpolate", "stack", "stack_top", "solar", "llama_pro", "lemon"
 ]
 ResidualReading = Literal["next_layer", "own_layer"]
+UpcyclingMethod = Literal[
+  "sparse_upcycling",
+  "granular",
+  "drop_upcycling",
+  "noise",
+  "branch_train_mix",
+  "average",
+  "merge_by_usage",
+]
+# Of these, the ones from experts to one FFN.
+MERGING_METHODS = ("average", "merge_by_usage")
+# Those that put together what moments do not belong to.
+WITHOUT_MOMENTS = ("branch_train_mix", *MERGING_METHODS)
 OptimizerRule = Literal["grow", "reset"]
 GrowthRate = Literal["plain", "function_space"]
 Continuation = Literal["rewarm", "restart", "keep"]
@@ -146,12 +159,76 @@ class ScaleUp:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScaleOut:
-  """Turn every FFN into experts; see growth/scale_out.py."""
+  """Turn every FFN into experts; see growth/scale_out.py.
+
+  How many shards an FFN is cut into follows from the target's `mlp_dim`, how a
+  shared expert is filled from its `moe.shared_expert_dim`.
+  """
 
   kind: Literal["scale_out"] = "scale_out"
+  # A stage of this pipeline, or the path of a MODEL directory.
   source: str
-  method: Literal["sparse_upcycling"] = "sparse_upcycling"
+  method: UpcyclingMethod = "sparse_upcycling"
+  # Of branch_train_mix: further MODELs, whose FFNs are experts beside those of
+  # the source; everything else is averaged.
+  sources: tuple[str, ...] = ()
+  # The share of an expert's hidden units that is drawn anew. None: the method's
+  # own, 0.5 of drop_upcycling and 0 of others.
+  redraw: float | None = None
+  # Whether gate, up and down draw the same units anew, or each its own.
+  redraw_units: Literal["together", "independent"] = "together"
+  # Noise on the copies, relative to the standard deviation of a kernel, and the
+  # share of the entries that get it. None: 0.1 of noise and 0 of others.
+  noise: float | None = None
+  noise_share: float = 0.5
+  # Of a shared expert that is a copy of the whole FFN: its share of the output.
+  shared_share: float = 0.5
+  # Where gates do not sum to one: the constant that the experts are multiplied
+  # by is measured on text, or what it would be were all gates 1 / E.
+  gate_constant: Literal["measured", "uniform"] = "measured"
+  # Whether constants go to the down kernel, or their cube root to all three.
+  scaled_kernels: Literal["down", "all"] = "down"
+  # The router's rows: drawn, or from hidden states on text: the mean of each of
+  # its languages, or of each k-means cluster.
+  router: Literal["normal", "domains", "clusters"] = "normal"
+  # Text for what is measured.
+  sample_tokens: int = 4096
   optimizer: OptimizerRule = "grow"
+
+  def __post_init__(self):
+    require(
+      self.redraw is None or 0 <= self.redraw <= 1,
+      f"redraw={self.redraw}: need 0 to 1, a share of the units",
+    )
+    require(
+      self.noise is None or 0 <= self.noise <= 10,
+      f"noise={self.noise}: need 0 to 10; 0 is none",
+    )
+    require(
+      0 < self.noise_share <= 1,
+      f"noise_share={self.noise_share}: need above 0 and at most 1",
+    )
+    require(
+      0 < self.shared_share < 1,
+      f"shared_share={self.shared_share}: need above 0 and below 1",
+    )
+    require(
+      self.sample_tokens >= 2, f"sample_tokens={self.sample_tokens}: need >= 2"
+    )
+    require(
+      bool(self.sources) == (self.method == "branch_train_mix"),
+      f"sources={self.sources}: method={self.method!r} mixes"
+      + (
+        " several models; name at least one beside the source"
+        if self.method == "branch_train_mix"
+        else " no others; expected none, or method='branch_train_mix'"
+      ),
+    )
+    require(
+      self.method not in WITHOUT_MOMENTS or self.optimizer == "reset",
+      f"optimizer={self.optimizer!r}: expected 'reset'; method={self.method!r}"
+      " puts models together that moments do not belong to",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -203,6 +203,12 @@ METHOD_NAMES = {
   "ligo": "LiGO",
   "random": "random",
   "sparse_upcycling": "sparse upcycling",
+  "granular": "granular upcycling",
+  "drop_upcycling": "Drop-Upcycling",
+  "noise": "upcycling with noise",
+  "branch_train_mix": "Branch-Train-MiX",
+  "average": "average of experts",
+  "merge_by_usage": "experts merged by usage",
 }
 
 

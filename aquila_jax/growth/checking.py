@@ -7,7 +7,7 @@ can be checked that no memory holds, and before it is written anywhere.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -78,38 +78,97 @@ def logits(
   Returns:
     The logits, in the dtype they are computed in.
   """
-  wide = np.dtype(dtypes.at_least_float32(jnp.dtype(model.config.param_dtype)))
-  config = dataclasses.replace(
-    model.config, compute_dtype=wide.name, remat="none"
-  )
-  leaves = model_leaves(config)
-  positions = jnp.broadcast_to(
-    jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape
-  )
-  segments = jnp.ones(tokens.shape, jnp.int32)
-
-  masks = make_masks(config)
-
-  @jax.jit
-  def block(x, params, share):
-    out: Any = decoder_lm.Block(config).apply(
-      {"params": params}, x, None, positions, segments, share, masks
-    )
-    return out[0]
-
-  x = jnp.asarray(_embedded(model.params, leaves, tokens).astype(wide))
-  for layer in range(config.num_layers):
-    share = None if masks.layers is None else masks.layers[layer]
-    x = block(x, _layer(model.params, leaves, layer), share)
+  config, leaves = _wide(model.config), model_leaves(model.config)
+  x = _run(model, Rows.of(tokens))
   scale = model.params.read(_NORM, index=(slice(None),))
   norm: Any = decoder_lm.final_norm(config)
+  masks = make_masks(config)
   x = np.asarray(norm.apply({"params": {"scale": scale}}, x, masks.embed))
   return _head(model, leaves, x)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+  """Packed rows of text; see `types.Batch`."""
+
+  tokens: Int[np.ndarray, "B T"]
+  positions: Int[np.ndarray, "B T"]
+  segments: Int[np.ndarray, "B T"]
+
+  @classmethod
+  def of(cls, tokens: Int[np.ndarray, "B T"]) -> Rows:
+    """Rows that are one document each, and full."""
+    places = np.arange(tokens.shape[1], dtype=np.int32)
+    return cls(
+      tokens=tokens,
+      positions=np.broadcast_to(places, tokens.shape),
+      segments=np.ones(tokens.shape, np.int32),
+    )
+
+
+# Of a layer's index and what its FFN reads, [B T D].
+Watch = Callable[[int, Float[np.ndarray, "B T D"]], None]
+
+
+def watch_ffn_inputs(model: ReadModel, rows: Rows, watch: Watch) -> None:
+  """Runs a model's layers on a text, one in memory at a time.
+
+  Args:
+    model: dense or a mixture.
+    rows: of the text.
+    watch: told what the FFN of every layer reads, in order.
+  """
+  _run(model, rows, watch=watch)
+
+
+def _wide(config: ModelConfig) -> ModelConfig:
+  wide = np.dtype(dtypes.at_least_float32(jnp.dtype(config.param_dtype)))
+  return dataclasses.replace(config, compute_dtype=wide.name, remat="none")
+
+
+def _run(
+  model: ReadModel, rows: Rows, *, watch: Watch | None = None
+) -> Float[jax.Array, "B T D"]:
+  """The residual behind the last layer."""
+  config = _wide(model.config)
+  leaves, masks = model_leaves(config), make_masks(config)
+  captured = None if watch is None else ["intermediates"]
+
+  @jax.jit
+  def block(x, params, share):
+    out: Any = decoder_lm.Block(config).apply(
+      {"params": params},
+      x,
+      None,
+      jnp.asarray(rows.positions),
+      jnp.asarray(rows.segments),
+      share,
+      masks,
+      mutable=captured or False,
+      capture_intermediates=_is_ffn_norm if captured else False,
+    )
+    if captured is None:
+      return out[0], None
+    (x, _), variables = out
+    return x, variables["intermediates"][_FFN_NORM]["__call__"][0]
+
+  wide = jnp.dtype(config.compute_dtype)
+  x = jnp.asarray(_embedded(model.params, leaves, rows.tokens).astype(wide))
+  for layer in range(config.num_layers):
+    share = None if masks.layers is None else masks.layers[layer]
+    x, normed = block(x, _layer(model.params, leaves, layer), share)
+    if watch is not None:
+      watch(layer, np.asarray(normed))
+  return x
+
+
+def _is_ffn_norm(module: Any, method: str) -> bool:
+  return module.name == _FFN_NORM and method == "__call__"
+
+
 # The parts of a decoder outside of its layers (models/decoder_lm.py).
 _TABLE, _NORM, _HEAD = "embedding.table", "final_norm.scale", "lm_head.kernel"
-_LAYERS = "layers"
+_LAYERS, _FFN_NORM = "layers", "mlp_norm"
 
 
 def _embedded(

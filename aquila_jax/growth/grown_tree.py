@@ -113,7 +113,7 @@ def slice_shape(spec: LeafSpec, index: Index) -> tuple[int, ...]:
   )
 
 
-class _Recent:
+class Recent:
   """The slices that were read last; threads that want the same one share it.
 
   A layer of the source is read for every target layer that copies it, and once
@@ -172,7 +172,7 @@ class GrownTree:
     prefix: str = "",
   ):
     self._source = source
-    self._recent = _Recent(source)
+    self._recent = Recent(source)
     self._growth = growth
     self._leaves = leaves
     self._powers = powers

@@ -416,7 +416,7 @@ def plan_growth(
 
   Args and errors are those of `make_growth`; any method will do.
   """
-  parameters = (_num_parameters(source), _num_parameters(target))
+  parameters = (num_parameters(source), num_parameters(target))
   if options.method == "random":
     check_pair(source, target, options, path=path)
     # Every leaf has one of these two.
@@ -482,7 +482,8 @@ def model_sizes(config: ModelConfig) -> dict[str, int]:
   )
 
 
-def _num_parameters(config: ModelConfig) -> int:
+def num_parameters(config: ModelConfig) -> int:
+  """Of all leaves."""
   shapes = jax.tree.leaves(decoder_lm.abstract_params(config))
   return sum(math.prod(leaf.shape) for leaf in shapes)
 

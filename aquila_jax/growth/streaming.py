@@ -12,21 +12,20 @@ import dataclasses
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from aquila_jax.core import array_store, model_dir
-from aquila_jax.core.axes import Role
 from aquila_jax.core.experiment_config import ScaleOut, ScaleUp
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.model_dir import ModelReader, ModelWriter, StoredModel
 from aquila_jax.growth import grown_tree, scale_out, scale_up
+from aquila_jax.growth.calibration import Calibration
 from aquila_jax.growth.exactness import Check
-from aquila_jax.growth.grown_tree import GrownTree, Index, LeafSpec
+from aquila_jax.growth.grown_tree import GrownTree, Index, LeafSpec, Tree
+from aquila_jax.growth.scale_out import Plan
 from aquila_jax.models import decoder_lm
 
 Progress = Callable[[str], None]
@@ -109,6 +108,7 @@ def stream_scale_up(
     stored,
     slices=slices,
     keep_moments=options.optimizer == "grow",
+    keep_ema=source.ema is not None,
     progress=progress,
   )
 
@@ -162,46 +162,94 @@ def grown_trees(
 
 
 def stream_scale_out(
-  source: ModelReader,
+  sources: Sequence[ModelReader],
   output: str | os.PathLike[str],
-  target: ModelConfig,
+  plan: Plan,
   options: ScaleOut,
   *,
+  calibration: Calibration,
   seed: int = 0,
   name: str = "",
-  path: str = "config.model",
+  checked: Check | None = None,
   progress: Progress,
 ) -> StoredModel:
   """`scale_out` of a MODEL directory into another.
 
   Args:
-    source: of `model_dir.open_model`.
+    sources: of `model_dir.open_model`: the source, and those mixed in.
     output: the directory to write; it must not exist.
-    target: the source's architecture with `moe`.
+    plan: of `scale_out.plan_scale_out`.
     options: as for `scale_out`.
-    seed: of the router.
+    calibration: of `calibration.calibrate`.
+    seed: of what is drawn.
     name: of the stage, for the lineage.
-    path: the dotted name of `target`, for messages.
+    checked: what `checking.check` measured, for the lineage.
     progress: told how far it is.
 
   Returns:
-    The mixture, with shapes for parameters.
+    The target, with shapes for parameters.
 
   Raises:
-    errors.UserError: as `scale_out`, or where the source is damaged.
+    errors.UserError: where a source is damaged.
   """
   stored = scale_out.grown_header(
-    source.model, target, options, seed=seed, name=name, path=path
+    sources[0].model,
+    plan,
+    options,
+    calibration=calibration,
+    seed=seed,
+    name=name,
+    mixed=[source.model.lineage for source in sources[1:]],
+    checked=checked,
   )
+  trees = scaled_out_trees(
+    sources, plan, options, calibration=calibration, seed=seed
+  )
+
+  def slices(leaf: _Leaf):
+    tree = trees[leaf.role]
+    for index in grown_tree.slices(leaf.spec):
+      yield index, functools.partial(tree.read, leaf.name, index=index)
+
   return _stream(
-    source,
+    sources[0],
     output,
     stored,
-    slices=functools.partial(
-      _expert_slices, source=source, target=target, seed=seed
-    ),
-    keep_moments=options.optimizer == "grow",
+    slices=slices,
+    keep_moments="mu" in trees,
+    keep_ema="ema" in trees,
     progress=progress,
+  )
+
+
+def scaled_out_trees(
+  sources: Sequence[ModelReader],
+  plan: Plan,
+  options: ScaleOut,
+  *,
+  calibration: Calibration,
+  seed: int = 0,
+) -> Mapping[str, Tree]:
+  """The trees of MODEL directories, upcycled or merged as they are read.
+
+  Args and errors are those of `stream_scale_out`.
+
+  Returns:
+    By role, as `scale_out.scaled_out_trees`.
+  """
+  readers: list[scale_out.Trees] = []
+  for source in sources:
+    trees: dict[str, Tree | None] = dict(_readers(source))
+    if options.optimizer != "grow":
+      trees |= {"mu": None, "nu": None}
+    readers.append(trees)
+  return scale_out.scaled_out_trees(
+    plan,
+    [source.model.config for source in sources],
+    readers,
+    calibration=calibration,
+    seed=seed,
+    prefixes=_PREFIX,
   )
 
 
@@ -214,41 +262,6 @@ def _readers(source: ModelReader) -> dict[str, array_store.TreeReader | None]:
   }
 
 
-def _expert_slices(
-  leaf: _Leaf, *, source: ModelReader, target: ModelConfig, seed: int
-) -> Iterator[tuple[Index, Callable[[], np.ndarray]]]:
-  moe, axes = target.moe, leaf.spec.axes
-  assert moe is not None
-  if axes.has("expert", Role.WRITES):
-    if leaf.role in ("mu", "nu"):
-      yield (), lambda: np.zeros(leaf.spec.shape, leaf.spec.dtype)
-      return
-    # In the dtype of the parameters, also for the average of them.
-    shape = jax.ShapeDtypeStruct(leaf.spec.shape, jnp.dtype(target.param_dtype))
-    draw = jax.jit(scale_out.router_init(moe, seed=seed), static_argnums=0)
-    # Drawn here: whether JAX has 64 bits is a thread's own.
-    yield (), functools.partial(_itself, np.asarray(draw(shape)))
-    return
-  reader = _readers(source)[leaf.role]
-  assert reader is not None
-  divisor = scale_out.moment_divisors(moe).get(leaf.role, 1)
-  dim = axes.index("expert")
-  previous, value = None, np.zeros(())
-  for index in grown_tree.slices(leaf.spec):
-    # The experts of a layer follow each other, and are the same.
-    wanted = tuple(i for d, i in enumerate(index) if d != dim)
-    if wanted != previous:
-      value = reader.read(leaf.prefix + leaf.name, index=wanted)
-      if dim is not None:
-        value = value / np.asarray(divisor, value.dtype)
-      previous = wanted
-    yield index, functools.partial(_itself, value)
-
-
-def _itself(value: np.ndarray) -> np.ndarray:
-  return value
-
-
 def _stream(
   source: ModelReader,
   output: str | os.PathLike[str],
@@ -256,6 +269,7 @@ def _stream(
   *,
   slices: Slices,
   keep_moments: bool,
+  keep_ema: bool,
   progress: Progress,
 ) -> StoredModel:
   optimizer = source.optimizer if keep_moments else None
@@ -265,7 +279,7 @@ def _stream(
       stored,
       axes=decoder_lm.parameter_axes(stored.config),
       with_optimizer=optimizer is not None,
-      with_ema=source.ema is not None,
+      with_ema=keep_ema,
     ) as writer,
     ThreadPoolExecutor(_AT_ONCE) as pool,
   ):

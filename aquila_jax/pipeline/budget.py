@@ -65,17 +65,37 @@ def source_of(stage: StageConfig) -> str:
 
 
 def _flops_with_ancestors(experiment: ExperimentConfig, name: str) -> float:
-  stage = experiment.stages[name]
-  own = total_steps(experiment, name) * step_flops(stage)
-  own += _learning_flops(experiment, name)
-  parent = parent_stage(experiment, name)
-  if parent:
-    return own + _flops_with_ancestors(experiment, parent)
-  source = source_of(stage)
-  if source:
-    what = f"config.stages.{name}.init"
-    own += read_header(source, what=what).lineage.flops
-  return own
+  """Of a stage and all that it comes from, each counted once."""
+  stages, models = _ancestors(experiment, name)
+  total = sum(
+    total_steps(experiment, stage) * step_flops(experiment.stages[stage])
+    + _learning_flops(experiment, stage)
+    for stage in stages
+  )
+  for path, what in models.items():
+    total += read_header(path, what=what).lineage.flops
+  return total
+
+
+def _ancestors(
+  experiment: ExperimentConfig, name: str
+) -> tuple[list[str], dict[str, str]]:
+  """The stages that lead to one, itself among them, and the MODELs.
+
+  Returns:
+    Names, and for each path the field that has it.
+  """
+  stages, models = [name], dict[str, str]()
+  for current in stages:  # grows meanwhile
+    init = experiment.stages[current].init
+    sources = [source_of(experiment.stages[current])]
+    sources += init.sources if isinstance(init, ScaleOut) else ()
+    for source in filter(None, sources):
+      if source not in experiment.stages:
+        models.setdefault(source, f"config.stages.{current}.init")
+      elif source not in stages:
+        stages.append(source)
+  return stages, models
 
 
 def _learning_flops(experiment: ExperimentConfig, name: str) -> float:

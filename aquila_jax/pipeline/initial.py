@@ -26,9 +26,10 @@ from aquila_jax.core.model_dir import (
   read_header,
   read_tokenizer,
 )
-from aquila_jax.growth.scale_out import scale_out
+from aquila_jax.growth.scale_out import plan_scale_out, scale_out
 from aquila_jax.growth.scale_up import grown_header, make_growth, scale_up
 from aquila_jax.models import decoder_lm
+from aquila_jax.pipeline import scaled_out
 from aquila_jax.pipeline.budget import source_of
 from aquila_jax.pipeline.context import Context
 from aquila_jax.pipeline.learned_growth import GrowthJob, learn_growth
@@ -94,9 +95,7 @@ class Start:
     if isinstance(init, Load):
       return load(self.source, target, path=model_path)
     if isinstance(init, ScaleOut):
-      return scale_out(
-        self.source, target, init, seed=seed, name=self.name, path=model_path
-      )
+      return self._scaled_out(self.source, init, seed=seed)
     options = init if method is None else with_method(init, method)
     if options.method == "ligo":
       return self._learned(self.source, options, seed=seed)
@@ -107,6 +106,32 @@ class Start:
       seed=seed,
       name=self.name,
       path=model_path,
+      shardings=self._shardings(),
+    )
+
+  def _scaled_out(
+    self, source: StoredModel, options: ScaleOut, *, seed: int
+  ) -> StoredModel:
+    path, target = f"{self.path}.model", self.stage.model
+    plan = plan_scale_out(source.config, target, options, path=path)
+    return scale_out(
+      source,
+      target,
+      options,
+      others=scaled_out.load_others(
+        options, locate=self.locate, path=f"{self.path}.init"
+      ),
+      sample=scaled_out.sample_of(
+        self.context,
+        plan,
+        options,
+        train=self.stage.train,
+        lineage=source.lineage,
+        name=self.name,
+      ),
+      seed=seed,
+      name=self.name,
+      path=path,
       shardings=self._shardings(),
     )
 

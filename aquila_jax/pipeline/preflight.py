@@ -19,6 +19,7 @@ from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.model_dir import StoredModel, read_header
 from aquila_jax.generation.generate import encode_prompts
 from aquila_jax.growth import scale_out, scale_up
+from aquila_jax.growth.calibration import Calibration
 from aquila_jax.models import decoder_lm
 from aquila_jax.pipeline import budget, initial, records
 from aquila_jax.pipeline.context import Context
@@ -55,12 +56,16 @@ def check_order(experiment: ExperimentConfig) -> None:
     errors.UserError: naming the stage that does not.
   """
   for i, name in enumerate(experiment.pipeline):
-    source = budget.source_of(experiment.stages[name])
-    if source in experiment.stages and source not in experiment.pipeline[:i]:
-      raise errors.UserError(
-        f"config.stages.{name}.init.source={source!r}: expected a stage that"
-        f" stands before it in pipeline={experiment.pipeline}"
-      )
+    init = experiment.stages[name].init
+    named = {"source": budget.source_of(experiment.stages[name])}
+    if isinstance(init, ScaleOut):
+      named |= {f"sources[{i}]": given for i, given in enumerate(init.sources)}
+    for field, source in named.items():
+      if source in experiment.stages and source not in experiment.pipeline[:i]:
+        raise errors.UserError(
+          f"config.stages.{name}.init.{field}={source!r}: expected a stage that"
+          f" stands before it in pipeline={experiment.pipeline}"
+        )
 
 
 def check_data(context: Context, *, stages: Sequence[str]) -> None:
@@ -83,6 +88,11 @@ def check_data(context: Context, *, stages: Sequence[str]) -> None:
     if source and source not in experiment.stages:
       field = initial.source_field(stage, name)
       initial.check_tokenizer(context, source, what=field)
+    if isinstance(stage.init, ScaleOut):
+      for i, given in enumerate(stage.init.sources):
+        if given not in experiment.stages:
+          field = f"config.stages.{name}.init.sources[{i}]"
+          initial.check_tokenizer(context, given, what=field)
     encode_prompts(
       experiment.evaluation.prompts,
       tokenizer=tokenizer,
@@ -147,9 +157,17 @@ def _start(experiment: ExperimentConfig, name: str) -> StoredModel:
     header = read_header(source, what=initial.source_field(stage, name))
     model = _without_arrays(header.config, header.lineage)
   if isinstance(init, ScaleOut):
-    scale_out.check_pair(model.config, stage.model, path=path)
-    lineage = model.lineage.then(Event(kind="scale_out"))
-    return dataclasses.replace(model, config=stage.model, lineage=lineage)
+    plan = scale_out.plan_scale_out(model.config, stage.model, init, path=path)
+    mixed = _others(experiment, name, init, like=model.config)
+    return scale_out.grown_header(
+      model,
+      plan,
+      init,
+      calibration=Calibration(),
+      seed=0,
+      name=name,
+      mixed=[other.lineage for other in mixed],
+    )
   if isinstance(init, ScaleUp):
     for method in init.compare:
       if method != init.method:
@@ -165,6 +183,23 @@ def _start(experiment: ExperimentConfig, name: str) -> StoredModel:
     stage.model, growth_mask=model.config.growth_mask
   )
   return dataclasses.replace(model, config=masked)
+
+
+def _others(
+  experiment: ExperimentConfig, name: str, init: ScaleOut, *, like: ModelConfig
+) -> list[StoredModel]:
+  """The models that are mixed in, without arrays and tokenizers."""
+  found = []
+  for i, given in enumerate(init.sources):
+    what = f"config.stages.{name}.init.sources[{i}]"
+    if given in experiment.stages:
+      other = _end(experiment, given)
+    else:
+      header = read_header(given, what=what)
+      other = _without_arrays(header.config, header.lineage)
+    scale_out.check_same(like, other.config, what=f"{what}={given!r}")
+    found.append(other)
+  return found
 
 
 def _end(experiment: ExperimentConfig, name: str) -> StoredModel:

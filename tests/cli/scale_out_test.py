@@ -8,9 +8,9 @@ import numpy as np
 from aquila_jax.core.axes import path_name
 from aquila_jax.core.experiment_config import ScaleOut
 from aquila_jax.core.model_config import MoeConfig
-from aquila_jax.growth.scale_out import scale_out
+from aquila_jax.growth.scale_out import plan_scale_out, scale_out
 from tests.cli import tiny
-from tests.cli.commands import names, succeeded
+from tests.cli.commands import SMOKE, names, succeeded
 
 
 def test_it_writes_what_the_library_grows(commands, dense, tmp_path):
@@ -34,7 +34,10 @@ def test_it_writes_what_the_library_grows(commands, dense, tmp_path):
     (reset, found[1], 0, without, "without"),
   ):
     succeeded(one)
-    assert one.out == f"{output}: {size}, {state} optimizer state\n"
+    assert one.out.splitlines() == [
+      *plan_scale_out(source.config, target, chosen).lines(),
+      f"{output}: {size}, {state} optimizer state",
+    ]
     expected = scale_out(source, target, chosen, seed=seed)
     loaded = tiny.load(output)
     assert loaded.config == target
@@ -53,6 +56,98 @@ def test_it_writes_what_the_library_grows(commands, dense, tmp_path):
     tiny.assert_same(found, wanted)
     tiny.assert_same(loaded.moments, expected.moments)
   assert names(tmp_path) == ["grown", "reset"]
+
+
+def test_there_and_back_again(commands, dense, tmp_path):
+  """Cut into shards, checked, made larger, and merged."""
+  text = tmp_path / "text"
+  text.write_text("The river rose in the night. 春天来了。" * 20, "utf-8")
+  cut, larger, merged = (tmp_path / name for name in ("cut", "larger", "ffn"))
+  command = (
+    "scale_out",
+    f"--source={dense}",
+    "--method=granular",
+    "--num_experts=6",
+    "--top_k=4",
+    "--target=mlp_dim=16,moe.shared_expert_dim=32",
+    "--router=clusters",
+    f"--sample={text}",
+    "--check",
+    "--check_tokens=40",
+    "--seed=3",
+  )
+  dry, written = commands.run_all(
+    [(*command, "--dry_run"), (*command, f"--output={cut}")]
+  )
+  succeeded(dry)
+  succeeded(written)
+  assert written.out.splitlines()[:-1] == dry.out.splitlines()
+  assert dry.out.splitlines()[1:3] == [
+    "predicted exact: the function of the source is kept, but for rounding",
+    "  6 experts: 3 copies of an FFN, each in 2 shards, 16 hidden units an"
+    " expert; a token meets 4, and a shared one of 32",
+  ]
+  found = tiny.load(cut)
+  growth = found.lineage.events[-1].growth
+  assert growth is not None
+  check = growth["check"]
+  assert check["largest_difference"] < 1e-5 * check["largest_logit"]
+  grow = ("scale_out", f"--source={cut}")
+  grown, mean = commands.run_all(
+    [
+      # Twice the experts, of which a token meets twice as many.
+      (*grow, "--check", f"--output={larger}"),
+      (
+        *grow,
+        f"--output={merged}",
+        "--method=merge_by_usage",
+      ),
+    ]
+  )
+  succeeded(grown)
+  twice = tiny.load(larger)
+  assert found.config.moe is not None
+  assert twice.config.moe == dataclasses.replace(
+    found.config.moe, num_experts=12, top_k=8
+  )
+  growth = twice.lineage.events[-1].growth
+  assert growth is not None
+  check = growth["check"]
+  assert growth["exact"]
+  assert check["largest_difference"] < 1e-5 * check["largest_logit"]
+  # The shared expert has a gate.
+  assert mean.code == 2
+  assert mean.err.splitlines()[-1] == (
+    "aquila_jax: --method='merge_by_usage': the source's shared expert has a"
+    " gate (moe.shared_expert_gate), and no dense FFN can hold one"
+  )
+  assert names(tmp_path) == ["cut", "larger", "text"]
+
+
+def test_the_target_and_the_options_of_a_config(commands, dense, tmp_path):
+  output = tmp_path / "grown"
+  one = commands.run(
+    "scale_out",
+    SMOKE,
+    f"--source={dense}",
+    f"--output={output}",
+    "--config.stages.scale_out.init.method=drop_upcycling",
+    "--config.stages.scale_out.init.redraw=0.25",
+    "--noise=0.3",
+    *(
+      f"--config.stages.scale_out.model.{field}="
+      f"{getattr(tiny.dense_config(), field)}"
+      for field in ("num_layers", "embed_dim", "mlp_dim", "num_heads")
+    ),
+  )
+  succeeded(one)
+  source, found = tiny.load(dense), tiny.load(output)
+  options = ScaleOut(
+    source=str(dense), method="drop_upcycling", redraw=0.25, noise=0.3
+  )
+  expected = scale_out(source, found.config, options, name="scale_out")
+  assert found.lineage == expected.lineage
+  tiny.assert_same(found.moments, expected.moments)
 
 
 def test_mistakes_are_refused(commands, dense, data, tmp_path):
@@ -77,8 +172,9 @@ def test_mistakes_are_refused(commands, dense, data, tmp_path):
       ),
       "an unknown method": (
         ("scale_out", source, output, "--method=upcycling"),
-        "--method='upcycling' is unknown; did you mean 'sparse_upcycling'?"
-        " (expected one of sparse_upcycling)",
+        "--method='upcycling' is unknown; did you mean 'drop_upcycling'?"
+        " (expected one of sparse_upcycling, granular, drop_upcycling, noise,"
+        " branch_train_mix, average, merge_by_usage)",
       ),
       "an unknown rule": (
         ("scale_out", source, output, "--optimizer=growth"),
@@ -90,14 +186,38 @@ def test_mistakes_are_refused(commands, dense, data, tmp_path):
         "--optimizer=grow: the source has no optimizer state; expected reset,"
         " or no --optimizer",
       ),
+      "a field without a value": (
+        ("scale_out", source, output, "--target=mlp_dim"),
+        "--target: 'mlp_dim' is not a field=value",
+      ),
+      "moments of what is put together": (
+        (
+          "scale_out",
+          source,
+          output,
+          "--method=average",
+          "--optimizer=grow",
+        ),
+        "--optimizer='grow': expected 'reset'; method='average' puts models"
+        " together that moments do not belong to",
+      ),
+      "no output": (
+        ("scale_out", source),
+        "--output is missing; --dry_run needs none",
+      ),
       "more than there are": (
         ("scale_out", source, output, "--num_experts=2", "--top_k=3"),
         "--top_k=3: need 1 <= top_k <= num_experts=2",
       ),
     }
   )
+  unread = commands.run("scale_out", source, output, "--sample=README.md")
+  assert (unread.code, unread.out) == (2, "")
+  assert unread.last_line == (
+    "aquila_jax: --sample: nothing is measured; expected none"
+  )
   broken = commands.run("scale_out", f"--source={damaged}", output)
-  assert (broken.code, broken.out) == (2, "")
+  assert (broken.code, len(broken.out.splitlines())) == (2, 3)
   *log, message = broken.err.splitlines()
   assert message.startswith(
     f"aquila_jax: {damaged}/params: leaf 'embedding.table' is damaged: "

@@ -95,7 +95,7 @@ def test_every_growth_fits_its_source(name):
     if isinstance(stage.init, ScaleUp):
       scale_up.check_pair(source, stage.model, stage.init, path="model")
     elif isinstance(stage.init, ScaleOut):
-      scale_out.check_pair(source, stage.model, path="model")
+      scale_out.plan_scale_out(source, stage.model, stage.init, path="model")
 
 
 @pytest.mark.parametrize("name", resolved.names())

@@ -18,7 +18,7 @@ from aquila_jax.core.model_config import (
   ModelConfig,
   MoeConfig,
 )
-from aquila_jax.growth.scale_out import scale_out
+from aquila_jax.growth.scale_out import plan_scale_out, scale_out
 from tests.growth import tiny
 
 # float64: 2^-52 times the sums of a forward pass.
@@ -58,23 +58,24 @@ def test_exact_with_capacity_for_everybody():
   assert _difference(_moe(capacity_factor=4.0)) < EXACT
 
 
-@pytest.mark.parametrize(
-  "fields",
-  [
-    dict(router_order="softmax_then_topk", renormalise=False),
-    dict(capacity_factor=0.5),
-  ],
-)
-def test_not_exact_where_gates_sum_to_less_or_tokens_are_dropped(fields):
-  assert _difference(_moe(**fields)) > 1e-2
+def test_not_exact_where_tokens_are_dropped():
+  moe = _moe(capacity_factor=0.5)
+  assert _difference(moe) > 1e-2
+  plan = plan_scale_out(tiny.SOURCE, _mixture(moe), OPTIONS)
+  assert plan.exactness.reasons == (
+    "capacity_factor=0.5: what does not fit into an expert is dropped",
+  )
 
 
-def test_gates_that_do_not_sum_to_one_are_warned_of(caplog):
+def test_gates_that_do_not_sum_to_one_need_text():
   source = tiny.stored(tiny.SOURCE, moments=None)
   moe = _moe(router_order="softmax_then_topk", renormalise=False)
-  with caplog.at_level("WARNING", logger="absl"):
+  with pytest.raises(errors.UserError) as caught:
     scale_out(source, _mixture(moe), OPTIONS)
-  assert "sum to less than one" in caplog.text
+  assert str(caught.value) == (
+    "config.model.moe.renormalise=False: it is measured on text, and none is"
+    " given"
+  )
 
 
 def test_experts_are_copies_and_all_else_is_the_source():
@@ -176,6 +177,15 @@ def test_the_lineage_says_what_was_done():
   assert event.options["method"] == "sparse_upcycling"
   assert event.options["moe"]["num_experts"] == 4
   assert event.options["seed"] == 3
+  assert event.growth == {
+    "method": "sparse_upcycling",
+    "exact": True,
+    "reasons": [],
+    "notes": [],
+    "experts": "4 experts: 4 copies of an FFN, 10 hidden units an expert; a"
+    " token meets 2",
+    "parameters": [2640, 4896],
+  }
 
 
 def test_the_target_decides_the_parameter_dtype():
@@ -192,24 +202,24 @@ def test_the_target_decides_the_parameter_dtype():
   [
     (dict(moe=None), "config.model.moe=None: expected the experts to make"),
     (
-      dict(moe=MoeConfig(shared_expert_dim=7)),
-      "config.model.moe.shared_expert_dim=7: expected 0; sparse upcycling makes"
-      " routed experts only",
+      dict(moe=MoeConfig(shared_expert_dim=11)),
+      "config.model.moe.shared_expert_dim=11: expected 10 for a copy of the"
+      " whole FFN, or less for a part of its units",
     ),
     (
       dict(sliding_window=5),
       "config.model.sliding_window=5: expected the source's None; Scale-Out"
-      " copies FFNs as they are, Scale-Up changes sizes",
+      " makes experts of FFNs, Scale-Up changes sizes",
     ),
     (
       dict(mlp_dim=12),
-      "config.model.mlp_dim=12: expected the source's 10; Scale-Out copies FFNs"
-      " as they are, Scale-Up changes sizes",
+      "config.model.mlp_dim=12: expected a divisor of 10, the hidden units that"
+      " the routed experts share out; the nearest is 10",
     ),
     (
       dict(num_layers=4),
-      "config.model.num_layers=4: expected the source's 3; Scale-Out copies"
-      " FFNs as they are, Scale-Up changes sizes",
+      "config.model.num_layers=4: expected the source's 3; Scale-Out makes"
+      " experts of FFNs, Scale-Up changes sizes",
     ),
   ],
 )
@@ -251,15 +261,6 @@ def test_stop_tokens_and_chat_template_are_kept():
   assert grown.tokenizer is None
   assert grown.stop_tokens == (3, 5)
   assert grown.chat_template == "{{ x }}"
-
-
-def test_a_source_with_experts_is_refused():
-  config = _mixture(_moe())
-  with pytest.raises(errors.UserError) as caught:
-    scale_out(tiny.stored(config, moments=None), config, OPTIONS)
-  assert str(caught.value) == (
-    "the source has 4 experts; Scale-Out starts from a dense model"
-  )
 
 
 def test_a_masked_source_is_refused():

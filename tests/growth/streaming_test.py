@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,15 @@ from aquila_jax.core.experiment_config import ScaleOut, ScaleUp
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.model_dir import StoredModel
 from aquila_jax.core.moments import AdamMoments
-from aquila_jax.growth.scale_out import scale_out
+from aquila_jax.growth.calibration import calibrate
+from aquila_jax.growth.checking import ReadModel
+from aquila_jax.growth.routers import Sample
+from aquila_jax.growth.scale_out import plan_scale_out, scale_out
 from aquila_jax.growth.scale_up import scale_up
 from aquila_jax.growth.streaming import stream_scale_out, stream_scale_up
 from aquila_jax.models import decoder_lm
 from tests.growth import tiny
+from tests.growth.calibration_test import SAMPLE
 
 WIDE = dict(embed_dim=12, mlp_dim=15, num_heads=8, num_layers=5)
 
@@ -132,22 +137,108 @@ def _mixture(config: ModelConfig) -> ModelConfig:
   return tiny.replace(config, moe=tiny.MOE)
 
 
-@pytest.mark.parametrize("optimizer", ["grow", "reset"])
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_scale_out_writes_the_bytes_of_scale_out(dtype, optimizer, tmp_path):
-  source = _source(dtype, tied_embeddings=dtype == "bfloat16")
-  target = _mixture(source.config)
-  options = ScaleOut(source="s", optimizer=optimizer)
-  expected = scale_out(source, target, options, seed=5, name="out")
-  stream_scale_out(
-    _open(_written(source, tmp_path)),
-    tmp_path / "grown",
+def _stream_out(
+  sources: list[pathlib.Path],
+  output: pathlib.Path,
+  target: ModelConfig,
+  options: ScaleOut,
+  *,
+  sample: Sample | None = None,
+) -> None:
+  readers = [_open(path) for path in sources]
+  plan = plan_scale_out(readers[0].model.config, target, options)
+  calibration = calibrate(
+    plan.way,
+    ReadModel(config=readers[0].model.config, params=readers[0].params),
     target,
     options,
+    sample=sample,
+    seed=5,
+    path="config.model",
+  )
+  stream_scale_out(
+    readers,
+    output,
+    plan,
+    options,
+    calibration=calibration,
     seed=5,
     name="out",
     progress=_quiet,
   )
+
+
+WAYS: dict[str, tuple[Any, Any, Any]] = {
+  "copies": (dict(), dict(num_experts=4), dict()),
+  "reset": (dict(optimizer="reset"), dict(num_experts=4), dict()),
+  "all at once": (
+    dict(method="granular", redraw=0.4, noise=0.2, router="clusters"),
+    dict(
+      num_experts=6,
+      shared_expert_dim=4,
+      router_order="softmax_then_topk",
+      renormalise=False,
+    ),
+    dict(mlp_dim=3),
+  ),
+  "a larger mixture": (
+    dict(method="drop_upcycling"),
+    dict(num_experts=8, top_k=4),
+    dict(),
+  ),
+  "one FFN by usage": (
+    dict(method="merge_by_usage", optimizer="reset"),
+    None,
+    dict(),
+  ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("way", WAYS)
+def test_scale_out_writes_the_bytes_of_scale_out(way, dtype, tmp_path):
+  fields, moe, width = WAYS[way]
+  is_mixture = way in ("a larger mixture", "one FFN by usage")
+  source = _source(
+    dtype,
+    tied_embeddings=dtype == "bfloat16",
+    moe=tiny.MOE if is_mixture else None,
+  )
+  made = None if moe is None else dataclasses.replace(tiny.MOE, **moe)
+  target = tiny.replace(source.config, moe=made, **width)
+  options = ScaleOut(source="s", **fields)
+  expected = scale_out(
+    source, target, options, sample=SAMPLE, seed=5, name="out"
+  )
+  _stream_out(
+    [_written(source, tmp_path)],
+    tmp_path / "grown",
+    target,
+    options,
+    sample=SAMPLE,
+  )
+  _assert_same(tmp_path / "grown", expected)
+
+
+def test_models_are_mixed_from_disk_as_in_memory(tmp_path):
+  source = _source("float64")
+  other = dataclasses.replace(
+    source, params=tiny.params(source.config, seed=3), ema=None, moments=None
+  )
+  options = ScaleOut(
+    source="s", method="branch_train_mix", sources=("o",), optimizer="reset"
+  )
+  target = _mixture(source.config)
+  paths = []
+  for name, model in (("one", source), ("two", other)):
+    (tmp_path / name).mkdir()
+    paths.append(_written(model, tmp_path / name))
+  _stream_out(paths, tmp_path / "grown", target, options)
+  expected = scale_out(
+    source, target, options, others=[other], seed=5, name="out"
+  )
+  # An average that not all of them have is left out.
+  assert expected.ema is None
   _assert_same(tmp_path / "grown", expected)
 
 
@@ -173,12 +264,11 @@ def test_no_more_than_a_layer_of_a_leaf_is_read_or_written(
 
   monkeypatch.setattr(array_store.TreeReader, "read", seen_read)
   monkeypatch.setattr(array_store.TreeWriter, "write", seen_write)
-  stream_scale_out(
-    _open(path),
+  _stream_out(
+    [path],
     tmp_path / "grown",
     _mixture(source.config),
     ScaleOut(source="s"),
-    progress=_quiet,
   )
   # The query kernel of one layer, [D, N, H]; the router, the embedding and the
   # head, of one piece, are smaller.
@@ -193,12 +283,11 @@ def test_a_damaged_source_leaves_nothing_behind(tmp_path):
   content[3] ^= 1
   chunk.write_bytes(bytes(content))
   with pytest.raises(errors.UserError) as error:
-    stream_scale_out(
-      _open(path),
+    _stream_out(
+      [path],
       tmp_path / "grown",
       _mixture(source.config),
       ScaleOut(source="s"),
-      progress=_quiet,
     )
   assert str(error.value).startswith(
     f"{path}/params: leaf 'layers.mlp.down_kernel' is damaged: "

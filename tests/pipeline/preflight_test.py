@@ -41,8 +41,8 @@ def _check(kit, tmp_path, changes) -> None:
     ),
     (
       dict(stages__scale_out__model__mlp_dim=32),
-      "config.stages.scale_out.model.mlp_dim=32: expected the source's 24;"
-      " Scale-Out copies FFNs as they are, Scale-Up changes sizes",
+      "config.stages.scale_out.model.mlp_dim=32: expected a divisor of 24, the"
+      " hidden units that the routed experts share out; the nearest is 24",
     ),
     (
       dict(stages__control__model__vocab_size=256),
