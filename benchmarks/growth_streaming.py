@@ -1,17 +1,21 @@
-"""Claim: growth from disk to disk runs near the rate of writing to the disk.
+r"""Claim: growth from disk to disk runs near the rate of writing to the disk.
 
-  python -m benchmarks.scale_up_streaming --folder=DIR [--layers=32]
+  python -m benchmarks.growth_streaming --folder=DIR [--layers=32]
+  python -m benchmarks.growth_streaming --folder=DIR --layers=4 \
+    --method=sparse_upcycling
 
-Writes aquila_7b in random bfloat16 (16.4 GB), grows it to aquila_16b (33.3 GB)
-by the verb's own function, and, over and over,
+Writes a model in random bfloat16, grows it by the verb's own function, of
+Scale-Up aquila_7b (16.4 GB) to aquila_16b (33.3 GB), of Scale-Out aquila_16b
+(33.3 GB) to aquila_8x16b (209 GB), and, over and over,
 
-  grow    stream_scale_up, from the first byte read to the last one synced
+  grow    the growth, from the first byte read to the last one synced
   write   the same leaves, slices and codec from buffers that are there
   raw     one file of as many bytes, written and synced
 
 and gives the first as a share of the second. Each part is a process of its own,
-for its peak of resident memory. With `--layers` below 32 both models have fewer
-layers (a multiple of 4) and all else is as it is. What was written is removed.
+for its peak of resident memory. With `--layers` the source has fewer (of
+Scale-Up a multiple of 4) and all else is as it is: the slices are as large, and
+a few of them are all that is in memory. What was written is removed.
 
 Where the source fits into the page cache it may be read from there, as it would
 be right after it was written.
@@ -34,7 +38,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import ml_dtypes
@@ -45,21 +49,30 @@ from etils import epath
 from aquila_jax.cli import config_door
 from aquila_jax.core import model_dir
 from aquila_jax.core.allocator import keep_freed_memory
-from aquila_jax.core.experiment_config import ScaleUp
+from aquila_jax.core.experiment_config import (
+  ScaleOut,
+  ScaleUp,
+  UpcyclingMethod,
+)
 from aquila_jax.core.lineage import Lineage
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.model_dir import StoredModel
+from aquila_jax.growth.calibration import calibrate
+from aquila_jax.growth.checking import ReadModel
 from aquila_jax.growth.grown_tree import slice_shape, slices
+from aquila_jax.growth.scale_out import plan_scale_out
 from aquila_jax.growth.scale_up import model_leaves
-from aquila_jax.growth.streaming import stream_scale_up
+from aquila_jax.growth.streaming import stream_scale_out, stream_scale_up
 from aquila_jax.models import decoder_lm
 from benchmarks.machine import device
 
 _FOLDER = flags.DEFINE_string(
   "folder", None, "On the disk to measure; 50 GB must be free.", required=True
 )
-_LAYERS = flags.DEFINE_integer("layers", 32, "Of the source.", 4)
-_METHOD = flags.DEFINE_string("method", "aki_pro", "Of Scale-Up.")
+_LAYERS = flags.DEFINE_integer("layers", 32, "Of the source.", 1)
+_METHOD = flags.DEFINE_string(
+  "method", "aki_pro", "Of Scale-Up or of Scale-Out."
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 1, "How often each is measured.", 1)
 _OUTPUT = flags.DEFINE_string("output", None, "A JSON file to write.")
 _PART = flags.DEFINE_string("part", None, "Used by the benchmark itself.")
@@ -68,22 +81,28 @@ _PARTS = ("grow", "write", "raw")
 _CONFIGS = pathlib.Path(__file__).parents[1] / "experiments" / "configs"
 
 
+def _is_scale_out() -> bool:
+  return _METHOD.value in get_args(UpcyclingMethod)
+
+
+def _read(name: str, layers: int, factor: float = 1.0) -> ModelConfig:
+  config = config_door.load_file(str(_CONFIGS / f"{name}.py"))
+  model = config.stages[name].model
+  return dataclasses.replace(
+    model,
+    num_layers=layers,
+    param_dtype="bfloat16",
+    norm_epsilon=model.norm_epsilon * factor,
+  )
+
+
 def _models() -> tuple[ModelConfig, ModelConfig]:
-  assert _LAYERS.value % 4 == 0
-  factor = 1.0 if _METHOD.value != "lemon" else 4096 / 5120
-
-  def read(name: str, layers: int, factor: float) -> ModelConfig:
-    config = config_door.load_file(str(_CONFIGS / f"{name}.py"))
-    model = config.stages[name].model
-    return dataclasses.replace(
-      model,
-      num_layers=layers,
-      param_dtype="bfloat16",
-      norm_epsilon=model.norm_epsilon * factor,
-    )
-
   layers = _LAYERS.value
-  return read("aquila_7b", layers, 1.0), read(
+  if _is_scale_out():
+    return _read("aquila_16b", layers), _read("aquila_8x16b", layers)
+  assert layers % 4 == 0
+  factor = 1.0 if _METHOD.value != "lemon" else 4096 / 5120
+  return _read("aquila_7b", layers), _read(
     "aquila_16b", layers * 5 // 4, factor
   )
 
@@ -158,15 +177,11 @@ def _run_part(part: str, folder: pathlib.Path) -> dict[str, Any]:
   elif part == "raw":
     seconds = _raw(folder / "raw", _num_bytes(target))
   else:
-    options = ScaleUp(source="", method=_METHOD.value, optimizer="reset")
-    started = time.perf_counter()
-    stream_scale_up(
-      model_dir.open_model(folder / "source", like=decoder_lm.abstract_params),
-      folder / "target",
-      target,
-      options,
-      progress=lambda line: None,
+    reader = model_dir.open_model(
+      folder / "source", like=decoder_lm.abstract_params
     )
+    started = time.perf_counter()
+    _grow(reader, folder / "target", target)
     seconds = time.perf_counter() - started
   used = resource.getrusage(resource.RUSAGE_SELF)
   return {
@@ -176,10 +191,37 @@ def _run_part(part: str, folder: pathlib.Path) -> dict[str, Any]:
   }
 
 
+def _grow(
+  source: model_dir.ModelReader, output: pathlib.Path, target: ModelConfig
+) -> None:
+  def say(line: str) -> None:
+    del line
+
+  if not _is_scale_out():
+    up = ScaleUp(source="", method=_METHOD.value, optimizer="reset")
+    stream_scale_up(source, output, target, up, progress=say)
+    return
+  method: Any = _METHOD.value
+  out = ScaleOut(source="", method=method, optimizer="reset")
+  plan = plan_scale_out(source.model.config, target, out)
+  calibration = calibrate(
+    plan.way,
+    ReadModel(config=source.model.config, params=source.params),
+    target,
+    out,
+    sample=None,
+    seed=0,
+    path="target",
+  )
+  stream_scale_out(
+    [source], output, plan, out, calibration=calibration, progress=say
+  )
+
+
 def _start_part(part: str, folder: pathlib.Path) -> dict[str, Any]:
   arguments = [f"--{f.name}={f.value}" for f in (_FOLDER, _LAYERS, _METHOD)]
   done = subprocess.run(
-    [sys.executable, "-m", "benchmarks.scale_up_streaming", f"--part={part}"]
+    [sys.executable, "-m", "benchmarks.growth_streaming", f"--part={part}"]
     + arguments,
     check=True,
     stdout=subprocess.PIPE,
