@@ -7,6 +7,7 @@ can be checked that no memory holds, and before it is written anywhere.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,9 +91,9 @@ def logits(
 
   masks = make_masks(config)
 
-  @jax.jit
-  def block(x, params, share):
-    out: Any = decoder_lm.Block(config).apply(
+  @functools.partial(jax.jit, static_argnames="has_experts")
+  def block(x, params, share, *, has_experts):
+    out: Any = decoder_lm.Block(config, has_experts=has_experts).apply(
       {"params": params}, x, None, positions, segments, share, masks
     )
     return out[0]
@@ -100,7 +101,8 @@ def logits(
   x = jnp.asarray(_embedded(model.params, leaves, tokens).astype(wide))
   for layer in range(config.num_layers):
     share = None if masks.layers is None else masks.layers[layer]
-    x = block(x, _layer(model.params, leaves, layer), share)
+    params = _layer(model.params, leaves, layer)
+    x = block(x, params, share, has_experts=layer in config.moe_layers)
   scale = model.params.read(_NORM, index=(slice(None),))
   norm: Any = decoder_lm.final_norm(config)
   x = np.asarray(norm.apply({"params": {"scale": scale}}, x, masks.embed))
@@ -134,11 +136,12 @@ def _layer(
   arrays: dict[str, jax.Array] = {}
   for name, spec in leaves.items():
     folder, _, inside = name.partition(".")
-    if folder != _LAYERS:
+    row = spec.axes.row_of(layer)
+    if folder != _LAYERS or row is None:
       continue
     filled = np.empty(spec.shape[1:], spec.dtype)
     for index in slices(spec):
-      if index[0] == layer:
+      if index[0] == row:
         filled[index[1:]] = tree.read(name, index=index)
     arrays[inside] = jnp.asarray(filled)
   return traverse_util.unflatten_dict(arrays, sep=".")

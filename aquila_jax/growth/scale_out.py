@@ -6,7 +6,8 @@
 
 Keeps the function where a token's gates sum to one and none is dropped: then
 sum_e gate_e FFN(x) = FFN(x). With `softmax_then_topk` and no `renormalise` the
-gates sum to less, and the model starts worse.
+gates sum to less, and the model starts worse. Layers that `moe.layers` leaves
+out keep their FFN.
 
 An FFN's leaf gains the declared axis `expert`; a leaf that *writes* `expert` is
 the router's and is new. No path is read.
@@ -31,6 +32,7 @@ from aquila_jax.core.model_config import ModelConfig, MoeConfig
 from aquila_jax.core.model_dir import StoredModel
 from aquila_jax.core.moments import AdamMoments
 from aquila_jax.core.types import Params
+from aquila_jax.growth.layer_kinds import dense_leaf, dense_rows
 from aquila_jax.growth.scale_up import refuse_masked
 from aquila_jax.models import decoder_lm
 
@@ -200,11 +202,14 @@ def copy_experts(
     A tree shaped as the mixture's parameters; copied leaves keep their dtype.
   """
   source = {path_name(path): leaf for path, leaf in _leaves(tree)}
+  used = set()
 
   def fill(path: Any, shape: Any, axes: LeafAxes) -> jax.Array:
     if axes.has("expert", Role.WRITES):
       return router(shape)
-    leaf = source.pop(path_name(path))
+    name = dense_leaf(path_name(path), separator="/")
+    used.add(name)
+    leaf = dense_rows(source[name], axes)
     dim = axes.index("expert")
     if dim is not None:
       one = jnp.expand_dims(leaf, dim) / jnp.asarray(divisor, leaf.dtype)
@@ -215,7 +220,7 @@ def copy_experts(
   filled = jax.tree_util.tree_map_with_path(
     fill, decoder_lm.abstract_params(target), decoder_lm.parameter_axes(target)
   )
-  assert not source, f"leaves of the source are left: {', '.join(source)}"
+  assert used == set(source), f"leaves are left: {sorted(set(source) - used)}"
   return filled
 
 

@@ -27,6 +27,7 @@ from aquila_jax.core.model_dir import ModelReader, ModelWriter, StoredModel
 from aquila_jax.growth import grown_tree, scale_out, scale_up
 from aquila_jax.growth.exactness import Check
 from aquila_jax.growth.grown_tree import GrownTree, Index, LeafSpec
+from aquila_jax.growth.layer_kinds import dense_index, dense_leaf
 from aquila_jax.models import decoder_lm
 
 Progress = Callable[[str], None]
@@ -236,9 +237,9 @@ def _expert_slices(
   previous, value = None, np.zeros(())
   for index in grown_tree.slices(leaf.spec):
     # The experts of a layer follow each other, and are the same.
-    wanted = tuple(i for d, i in enumerate(index) if d != dim)
+    wanted = dense_index(axes, index)
     if wanted != previous:
-      value = reader.read(leaf.prefix + leaf.name, index=wanted)
+      value = reader.read(leaf.prefix + dense_leaf(leaf.name), index=wanted)
       if dim is not None:
         value = value / np.asarray(divisor, value.dtype)
       previous = wanted

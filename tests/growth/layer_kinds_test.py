@@ -1,0 +1,267 @@
+"""Growth of and into models with experts in some of their layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aquila_jax.core import model_dir
+from aquila_jax.core.errors import UserError
+from aquila_jax.core.experiment_config import ScaleOut, ScaleUp
+from aquila_jax.core.moments import AdamMoments
+from aquila_jax.growth import axis_map, checking, depth, ligo
+from aquila_jax.growth.grown_tree import ArrayTree
+from aquila_jax.growth.scale_out import scale_out
+from aquila_jax.growth.scale_up import scale_up
+from aquila_jax.growth.streaming import stream_scale_out, stream_scale_up
+from aquila_jax.models import decoder_lm
+from tests.growth import tiny
+from tests.growth.growing import EXACT
+
+DENSE = tiny.replace(tiny.SOURCE, num_layers=4)
+
+
+def _mixed(layers: Any, **fields: Any):
+  moe = dataclasses.replace(tiny.MOE, layers=layers)
+  return tiny.replace(DENSE, moe=moe, **fields)
+
+
+MIXED = _mixed("every_second")
+WIDE: dict[str, Any] = dict(embed_dim=16, mlp_dim=20)
+
+
+def _stored(config, **fields):
+  """With moments and an average of no meaning."""
+  tree = tiny.params(config)
+  moments = AdamMoments(
+    count=jnp.asarray(7, jnp.int32),
+    mu=tree,
+    nu=jax.tree.map(jnp.square, tree),
+  )
+  ema = jax.tree.map(lambda leaf: 2 * leaf, tree)
+  return tiny.stored(config, moments=moments, ema=ema, **fields)
+
+
+def _layer(tree, layer: int, moe_layers: tuple[int, ...]):
+  """The leaves of a layer, with those of its FFN under one name."""
+  part, rows = "dense_mlp", [i for i in range(99) if i not in moe_layers]
+  if layer in moe_layers:
+    part, rows = "mlp", list(moe_layers)
+  leaves = {}
+  for name, leaf in tiny.arrays(tree["layers"]).items():
+    if name.startswith(("mlp/", "dense_mlp/")):
+      if name.startswith(f"{part}/"):
+        leaves[name.partition("/")[2]] = leaf[rows.index(layer)]
+    else:
+      leaves[name] = leaf[layer]
+  return leaves
+
+
+def _assert_same(found, expected):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
+    found,
+    expected,
+  )
+
+
+def test_twice_the_width_grows_moments_as_gradients():
+  source = tiny.stored(MIXED)
+  grown = scale_up(
+    source, tiny.replace(MIXED, **WIDE), ScaleUp(source="s", method="fpi")
+  )
+  assert grown.moments is not None
+  # The moments were the gradient of the source and its squares.
+  gradient = tiny.gradients(grown.config, grown.params)
+  scale = max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(gradient))
+  jax.tree.map(
+    lambda mu, g: np.testing.assert_allclose(
+      mu, g, rtol=0, atol=100 * EXACT * scale
+    ),
+    grown.moments.mu,
+    gradient,
+  )
+
+
+@pytest.mark.parametrize(
+  ("depth", "source_layers", "moe_layers"),
+  [
+    ("interpolate", (0, 0, 1, 1, 2, 2, 3, 3), (2, 3, 6, 7)),
+    ("stack", (0, 1, 2, 3, 0, 1, 2, 3), "every_second"),
+  ],
+)
+def test_depth_copies_layers_with_what_they_have(
+  depth, source_layers, moe_layers
+):
+  source = _stored(MIXED)
+  target = _mixed(moe_layers, num_layers=8)
+  options = ScaleUp(source="s", method="fpi", depth=depth)
+  grown = scale_up(source, target, options)
+  assert grown.moments is not None
+  for before, after in (
+    (source.params, grown.params),
+    (source.ema, grown.ema),
+    (tiny.params(MIXED), grown.moments.mu),
+  ):
+    for layer, copied in enumerate(source_layers):
+      _assert_same(
+        _layer(after, layer, target.moe_layers),
+        _layer(before, copied, MIXED.moe_layers),
+      )
+
+
+def test_growth_from_disk_to_disk_gives_the_bytes_of_growth_in_memory(tmp_path):
+  source = _stored(MIXED)
+  target = _mixed((2, 3, 6, 7), num_layers=8, mlp_dim=12)
+  options = ScaleUp(source="s", method="aki", depth="interpolate")
+  grown = scale_up(source, target, options)
+  axes = decoder_lm.parameter_axes(MIXED)
+  model_dir.save_model(tmp_path / "source", source, axes=axes)
+  reader = model_dir.open_model(
+    tmp_path / "source", like=decoder_lm.abstract_params
+  )
+  stream_scale_up(
+    reader, tmp_path / "grown", target, options, progress=lambda _: None
+  )
+  found = model_dir.load_model(
+    tmp_path / "grown", like=decoder_lm.abstract_params
+  )
+  assert found.config == target
+  _assert_same(
+    (found.params, found.moments, found.ema),
+    (grown.params, grown.moments, grown.ema),
+  )
+
+
+def test_aki_takes_the_next_layer_of_the_same_kind():
+  target = tiny.replace(MIXED, mlp_dim=12)
+  source = tiny.stored(MIXED, moments=None)
+  grown = scale_up(source, target, ScaleUp(source="s", method="aki"))
+  before, after = source.params["layers"], grown.params["layers"]
+  # 10 neurons and two that are copies of the first; these take other values in
+  # all layers but the last of a kind.
+  for part in ("mlp", "dense_mlp"):
+    old, new = (np.asarray(tree[part]["up_kernel"]) for tree in (before, after))
+    np.testing.assert_array_equal(new[..., :10], old)
+    np.testing.assert_array_equal(new[0, ..., 10:], old[1, ..., :2])
+    np.testing.assert_array_equal(new[1, ..., 10:], old[1, ..., :2])
+
+
+def test_a_mask_of_zero_hides_new_layers_of_either_kind():
+  source = tiny.stored(MIXED, moments=None)
+  target = _mixed((2, 3, 6, 7), num_layers=8, mlp_dim=12)
+  grown = scale_up(source, target, ScaleUp(source="s", method="msg"))
+  before = tiny.logits(MIXED, source.params)
+  after = tiny.logits(grown.config, grown.params)
+  assert np.abs(after - before).max() < EXACT * np.abs(before).max()
+
+
+def test_the_streamed_forward_is_the_decoders():
+  params = tiny.params(MIXED)
+  found = checking.logits(
+    checking.ReadModel(config=MIXED, params=ArrayTree(params)), tiny.TOKENS
+  )
+  expected = tiny.logits(MIXED, params)
+  assert np.abs(found[0] - expected).max() < EXACT * np.abs(expected).max()
+
+
+def test_a_learned_operator_starts_as_fpi():
+  target = _mixed((2, 3, 6, 7), num_layers=8, **WIDE)
+  options = ScaleUp(source="s", method="fpi", depth="interpolate")
+  source = tiny.stored(MIXED, moments=None)
+  expected = scale_up(source, target, options).params
+  axes = decoder_lm.parameter_axes(MIXED)
+  operator = ligo.init_operator(
+    {
+      "embed": axis_map.circular(8, 16),
+      "mlp": axis_map.circular(10, 20),
+    },
+    depth.interpolate(4, 8).copies,
+    axes,
+    dtype=jnp.float64,
+  )
+  found = ligo.apply_operator(operator, source.params, axes)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-15),
+    found,
+    expected,
+  )
+
+
+@pytest.mark.parametrize(
+  ("target", "message"),
+  [
+    (
+      _mixed("every_second", num_layers=8),
+      "config.model.moe.layers='every_second': layer 1 has experts and copies"
+      " layer 0 of the source, which has a dense FFN; expected (2, 3, 6, 7),"
+      " the layers that copy experts (interpolate)",
+    ),
+    (
+      _mixed((2, 6, 7), num_layers=8),
+      "config.model.moe.layers=(2, 6, 7): layer 3 has a dense FFN and copies"
+      " layer 1 of the source, which has experts; expected (2, 3, 6, 7), the"
+      " layers that copy experts (interpolate)",
+    ),
+    (
+      _mixed("all"),
+      "config.model.moe.layers='all': layer 0 has experts and copies layer 0 of"
+      " the source, which has a dense FFN; expected (1, 3), the layers that"
+      " copy experts (interpolate)",
+    ),
+  ],
+  ids=["pattern", "list", "all"],
+)
+def test_layers_of_another_kind_are_refused_by_number(target, message):
+  source = tiny.stored(MIXED, moments=None)
+  with pytest.raises(UserError) as error:
+    scale_up(source, target, ScaleUp(source="s", method="fpi"))
+  assert str(error.value) == message
+
+
+def test_scale_out_into_some_layers_keeps_the_function(tmp_path):
+  source, target = _stored(DENSE), _mixed((1, 2))
+  grown = scale_out(source, target, ScaleOut(source="s"), seed=5)
+  before = tiny.logits(DENSE, source.params)
+  after = tiny.logits(target, grown.params)
+  assert np.abs(after - before).max() < EXACT * np.abs(before).max()
+  assert grown.moments is not None and grown.ema is not None
+  assert source.ema is not None
+  old = tiny.params(DENSE)
+  # 4 experts of which a token meets 2.
+  for found, expected, divisor in (
+    (grown.params, old, 1),
+    (grown.ema, source.ema, 1),
+    (grown.moments.mu, old, 4),
+    (grown.moments.nu, jax.tree.map(jnp.square, old), 8),
+  ):
+    for name in ("gate_kernel", "up_kernel", "down_kernel"):
+      ffns = np.asarray(expected["layers"]["mlp"][name])
+      stack = found["layers"]
+      np.testing.assert_array_equal(stack["dense_mlp"][name], ffns[[0, 3]])
+      for row, layer in enumerate((1, 2)):
+        for expert in stack["mlp"][name][row]:
+          np.testing.assert_array_equal(expert, ffns[layer] / divisor)
+  assert grown.params["layers"]["mlp"]["router"]["kernel"].shape == (2, 8, 4)
+  axes = decoder_lm.parameter_axes(DENSE)
+  model_dir.save_model(tmp_path / "source", source, axes=axes)
+  stream_scale_out(
+    model_dir.open_model(tmp_path / "source", like=decoder_lm.abstract_params),
+    tmp_path / "grown",
+    target,
+    ScaleOut(source="s"),
+    seed=5,
+    progress=lambda _: None,
+  )
+  stored = model_dir.load_model(
+    tmp_path / "grown", like=decoder_lm.abstract_params
+  )
+  _assert_same(
+    (stored.params, stored.moments, stored.ema),
+    (grown.params, grown.moments, grown.ema),
+  )
