@@ -66,6 +66,11 @@ _TOP_K = flags.DEFINE_integer(
   None,
   "Experts that a token goes to; 2, or as many more as there are more experts.",
 )
+_MOE_LAYERS = flags.DEFINE_string(
+  "moe_layers",
+  None,
+  "Which get experts: all, every_second, last_half, or numbers as 1,3,5.",
+)
 _TARGET = flags.DEFINE_list(
   "target", [], "Other fields of the target, as mlp_dim=384."
 )
@@ -165,10 +170,10 @@ def main() -> None:
 def _job() -> _Job:
   name, path, init, target = "", "--target", ScaleOut(source=""), None
   if _CONFIG.value:
-    if _TARGET.value or _NUM_EXPERTS.value or _TOP_K.value:
+    if any(f.value for f in (_TARGET, _NUM_EXPERTS, _TOP_K, _MOE_LAYERS)):
       raise errors.UserError(
-        "--config: it has the target; expected no --target, --num_experts and"
-        " --top_k"
+        "--config: it has the target; expected no --target, --num_experts,"
+        " --top_k and --moe_layers"
       )
     experiment = config_door.load(_CONFIG)
     name = model_flags.stage_name(experiment, _STAGE.value, kind="scale_out")
@@ -223,6 +228,7 @@ def _target(source: ModelConfig, options: ScaleOut) -> ModelConfig:
       fields["mlp_dim"] = source.mlp_dim + old.shared_expert_dim
     return growth_flags.changed(fields, _TARGET.value)[0]
   num_experts, top_k = _NUM_EXPERTS.value, _TOP_K.value
+  moe: dict[str, Any]
   if old is None:
     moe = {"num_experts": num_experts or 8, "top_k": top_k or 2}
   else:
@@ -232,10 +238,18 @@ def _target(source: ModelConfig, options: ScaleOut) -> ModelConfig:
       "num_experts": num_experts,
       "top_k": top_k or more * old.top_k,
     }
-  # Names a flag where it is the flag's value that is wrong.
-  model_flags.build(MoeConfig, **moe)
+  if _MOE_LAYERS.value is not None:
+    moe["layers"] = _MOE_LAYERS.value
   fields["moe"] = moe
-  return growth_flags.changed(fields, _TARGET.value)[0]
+  try:
+    # Names a flag where it is the flag's value that is wrong.
+    model_flags.build(MoeConfig, **moe)
+    return growth_flags.changed(fields, _TARGET.value)[0]
+  except errors.UserError as error:
+    message = str(error)
+    for given in ("--target.moe.layers=", "--target: moe.layers=", "--layers="):
+      message = message.replace(given, "--moe_layers=")
+    raise errors.UserError(message) from error
 
 
 def _calibrated(job: _Job, plan: Plan, *, needs_text: bool) -> Calibration:

@@ -101,6 +101,9 @@ class LeafAxes:
   # axis: the scale of an RMSNorm. What such a scale must be depends on the
   # size of the axis, and a zero in it never trains what it multiplies.
   is_norm_scale: bool = False
+  # Of the model, those whose rows the `layer` axis has, rising. None is all:
+  # row i is of layer i.
+  layers: tuple[int, ...] | None = None
 
   @property
   def names(self) -> tuple[str, ...]:
@@ -115,6 +118,16 @@ class LeafAxes:
     return any(
       axis.name == name and role in (None, axis.role) for axis in self.axes
     )
+
+  def layer_of(self, row: int) -> int:
+    """The layer of the model that a row of the `layer` axis is of."""
+    return row if self.layers is None else self.layers[row]
+
+  def row_of(self, layer: int) -> int | None:
+    """The row of a layer of the model, or None where the leaf has none."""
+    if self.layers is None:
+      return layer
+    return self.layers.index(layer) if layer in self.layers else None
 
   @property
   def is_map(self) -> bool:
@@ -136,6 +149,8 @@ class Declared(nn.meta.AxisMetadata, struct.PyTreeNode):
   value: Any
   axes: tuple[Axis, ...] = struct.field(pytree_node=False)
   is_norm_scale: bool = struct.field(pytree_node=False, default=False)
+  # See LeafAxes; set by a module that stacks some of the layers.
+  layers: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
 
   def unbox(self) -> Any:
     return self.value
@@ -199,7 +214,9 @@ def split_declared(variables: Any) -> tuple[Any, Any]:
   """Splits a tree of `Declared` into plain values and a tree of `LeafAxes`."""
   values = jax.tree.map(lambda box: box.value, variables, is_leaf=_is_declared)
   axes = jax.tree.map(
-    lambda box: LeafAxes(box.axes, is_norm_scale=box.is_norm_scale),
+    lambda box: LeafAxes(
+      box.axes, is_norm_scale=box.is_norm_scale, layers=box.layers
+    ),
     variables,
     is_leaf=_is_declared,
   )

@@ -25,8 +25,9 @@ def build(cls: type[T], tree: Any, *, path: str = "config") -> T:
 
   Args:
     cls: a frozen dataclass; its fields may be scalars, `Literal`, tuples,
-      optionals, `dict[str, Dataclass]`, dataclasses, and unions of dataclasses
-      that are told apart by a `kind: Literal[...]` field.
+      optionals, `dict[str, Dataclass]`, dataclasses, unions of dataclasses
+      that are told apart by a `kind: Literal[...]` field, and unions of a
+      `Literal` of words and a tuple of numbers.
     tree: nested mappings, as from `ConfigDict.to_dict` or JSON.
     path: the dotted name of `tree`, for messages.
 
@@ -144,6 +145,8 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, path: str) -> Any:
     return None
   if len(options) == 1:
     return _convert(options[0], value, path)
+  if not all(map(dataclasses.is_dataclass, options)):
+    return _convert_word_or_numbers(options, value, path)
   by_kind = {_kind(option): option for option in options}
   if not isinstance(value, Mapping) or "kind" not in value:
     raise errors.UserError(
@@ -153,6 +156,28 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, path: str) -> Any:
   if kind not in by_kind:
     raise errors.unknown_name(f"{path}.kind", kind, by_kind)
   return build(by_kind[kind], value, path=path)
+
+
+def _convert_word_or_numbers(options: list[Any], value: Any, path: str) -> Any:
+  """A word of the Literal, or the tuple; as a text `1,3` it is one as well."""
+  literal, numbers = sorted(
+    options, key=lambda o: typing.get_origin(o) is tuple
+  )
+  words = typing.get_args(literal)
+  if isinstance(value, tuple | list) and value:
+    if all(isinstance(item, str) for item in value):
+      value = ",".join(value)  # an override that was taken for a list of words
+  if value in words:
+    return value
+  if isinstance(value, str):
+    parts = value.strip("()[] ").rstrip(",").split(",")
+    if all(part.strip().isdecimal() for part in parts):
+      value = tuple(int(part) for part in parts)
+  if not isinstance(value, tuple | list):
+    raise errors.UserError(
+      f"{path}={value!r}: expected one of {', '.join(words)}, or numbers"
+    )
+  return _convert_tuple(typing.get_args(numbers), value, path)
 
 
 def _kind(option: type) -> str:

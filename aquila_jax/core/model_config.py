@@ -8,6 +8,7 @@ from typing import Literal
 from aquila_jax.core.config import require
 
 RouterOrder = Literal["topk_then_softmax", "softmax_then_topk"]
+LayerPattern = Literal["all", "every_second", "last_half"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 
 
@@ -58,7 +59,7 @@ RopeScaling = LinearRopeScaling | Llama3RopeScaling
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoeConfig:
-  """A mixture of experts in place of every dense FFN.
+  """A mixture of experts in place of the dense FFNs of all or some layers.
 
   With `topk_then_softmax` (Mixtral) the A gates sum to one. With
   `softmax_then_topk` they sum to one only under `renormalise`; sparse
@@ -67,6 +68,10 @@ class MoeConfig:
 
   num_experts: int = 8
   top_k: int = 2
+  # Those with experts: all, 1, 3, 5, ... (as in GShard and Switch), L // 2 to
+  # L - 1, or a list in rising order. The others keep a dense FFN, of the same
+  # mlp_dim.
+  layers: LayerPattern | tuple[int, ...] = "all"
   router_order: RouterOrder = "topk_then_softmax"
   # Divide the chosen gates by their sum; a no-op for topk_then_softmax.
   renormalise: bool = True
@@ -102,6 +107,25 @@ class MoeConfig:
       f"router_init_std={self.router_init_std}: need > 0, a router of zeros"
       " sends every token to the first experts",
     )
+    if not isinstance(self.layers, str):
+      require(
+        len(self.layers) > 0
+        and self.layers[0] >= 0
+        and list(self.layers) == sorted(set(self.layers)),
+        f"layers={self.layers}: need layers from 0 in rising order, each once,"
+        " at least one",
+      )
+
+  def layers_of(self, num_layers: int) -> tuple[int, ...]:
+    """The layers with experts of a model of `num_layers`, in rising order."""
+    if not isinstance(self.layers, str):
+      return self.layers
+    first, step = {
+      "all": (0, 1),
+      "every_second": (1, 2),
+      "last_half": (num_layers // 2, 1),
+    }[self.layers]
+    return tuple(range(first, num_layers, step))
 
   @property
   def gates_sum_to_one(self) -> bool:
@@ -214,8 +238,22 @@ class ModelConfig:
       self.qk_norm_epsilon is None or self.qk_norm,
       f"qk_norm_epsilon={self.qk_norm_epsilon}: expected None without qk_norm",
     )
+    if self.moe is not None:
+      self._check_moe_layers(self.moe)
     if self.growth_mask is not None:
       self._check_mask(self.growth_mask)
+
+  def _check_moe_layers(self, moe: MoeConfig) -> None:
+    require(
+      len(self.moe_layers) > 0,
+      f"moe.layers={moe.layers!r}: num_layers={self.num_layers} has none of"
+      " these layers",
+    )
+    require(
+      self.moe_layers[-1] < self.num_layers,
+      f"moe.layers={moe.layers}: need layers below"
+      f" num_layers={self.num_layers}",
+    )
 
   def _check_mask(self, mask: GrowthMask) -> None:
     for name in MASKED_SIZES:
@@ -229,6 +267,29 @@ class ModelConfig:
       f"growth_mask.new_layers={mask.new_layers}: need layers below"
       f" num_layers={self.num_layers}",
     )
+    # Else no router's loss would weigh anything (models/growth_mask.py).
+    require(
+      not self.is_mixed or not set(self.moe_layers) <= set(mask.new_layers),
+      f"growth_mask.new_layers={mask.new_layers}: need an old layer among those"
+      f" with experts, {self.moe_layers}",
+    )
+
+  @property
+  def moe_layers(self) -> tuple[int, ...]:
+    """The layers with experts, in rising order; none of a dense model."""
+    return () if self.moe is None else self.moe.layers_of(self.num_layers)
+
+  @property
+  def is_mixed(self) -> bool:
+    """Whether some layers have experts and others a dense FFN."""
+    return 0 < len(self.moe_layers) < self.num_layers
+
+  def with_listed_layers(self) -> ModelConfig:
+    """The same architecture, with `moe.layers` as a list."""
+    if self.moe is None:
+      return self
+    moe = dataclasses.replace(self.moe, layers=self.moe_layers)
+    return dataclasses.replace(self, moe=moe)
 
   @property
   def head_norm_epsilon(self) -> float:

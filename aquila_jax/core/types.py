@@ -43,7 +43,8 @@ class Batch(struct.PyTreeNode):
 class RoutingStats(struct.PyTreeNode):
   """What one MoE layer, or with a leading axis L a stack, says of its routing.
 
-  Padding tokens never count. Float32 throughout.
+  L counts the layers with experts alone: `ModelConfig.moe_layers` says which
+  layers of the model they are. Padding tokens never count. Float32 throughout.
   """
 
   balance_loss: Leaf  # float [*L]; E * sum f_i P_i; 1 when balanced

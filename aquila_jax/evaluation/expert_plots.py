@@ -31,18 +31,24 @@ def load_maps(stage: StageResult) -> Markup | None:
   rows = [row for row in stage.rows if row.get("expert_load")]
   if not rows:
     return None
+  # A layer without experts has no load.
+  layers = [
+    i for i, load in enumerate(rows[0]["expert_load"]) if load is not None
+  ]
   # [rows, L, E] -> [L, E, rows]; 1 is an even share.
-  loads = np.asarray([row["expert_load"] for row in rows], np.float64)
+  loads = np.asarray(
+    [[row["expert_load"][i] for i in layers] for row in rows], np.float64
+  )
   loads = np.moveaxis(loads * loads.shape[-1], 0, -1)
-  num_layers, num_experts, _ = loads.shape
+  num_experts = loads.shape[1]
   height = max(48, min(12 * num_experts, 120))
   parts = []
-  for layer in range(num_layers):
-    row, column = divmod(layer, _COLUMNS)
+  for panel, layer in enumerate(layers):
+    row, column = divmod(panel, _COLUMNS)
     x = _LEFT + column * (_PANEL + _GAP)
     y = 18 + row * (height + 30)
-    parts.append(_panel(loads[layer], layer=layer, x=x, y=y, height=height))
-  num_rows = -(-num_layers // _COLUMNS)
+    parts.append(_panel(loads[panel], layer=layer, x=x, y=y, height=height))
+  num_rows = -(-len(layers) // _COLUMNS)
   bottom = 18 + num_rows * (height + 30)
   parts.append(_ends(rows, y=bottom - 16))
   parts.append(_colour_bar(y=bottom + 12))
@@ -169,16 +175,15 @@ def balance_figure(report: ReportInput, along: Along) -> Markup | None:
 
 
 def _worst_layer(stage: StageResult, key: str) -> list[Point]:
-  rows = [row for row in stage.rows if row.get(key)]
-  return [
-    Point(
-      stage.flops_before + row["flops"],
-      stage.wall_before_s + row["wall_s"],
-      float(max(row[key])),
-    )
-    for row in rows
-    if all(map(is_finite, row[key]))
-  ]
+  found = []
+  for row in stage.rows:
+    # A layer without experts has None.
+    values = [value for value in row.get(key) or () if value is not None]
+    if values and all(map(is_finite, values)):
+      flops = stage.flops_before + row["flops"]
+      wall_s = stage.wall_before_s + row["wall_s"]
+      found.append(Point(flops, wall_s, float(max(values))))
+  return found
 
 
 def _dropped(report: ReportInput) -> str:

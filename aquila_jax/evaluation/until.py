@@ -83,7 +83,7 @@ class Continuer:
   ):
     self._config = config
     self._params = params
-    self._step_params = decoding.step_params(params)
+    self._step_params = decoding.step_params(params, config)
     self._tokenizer = tokenizer
     self._batch_size = batch_size
 

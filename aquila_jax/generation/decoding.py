@@ -225,7 +225,7 @@ advance_to_end = jax.jit(
 )
 
 
-def step_params(params: Params) -> Params:
+def step_params(params: Params, config: ModelConfig) -> Params:
   """The parameters as `advance` reads them fastest; no second copy of them.
 
   On a CPU that is each layer's by itself: see `DecoderLM.listed`. They are
@@ -234,6 +234,7 @@ def step_params(params: Params) -> Params:
 
   Args:
     params: of the model.
+    config: of the model.
 
   Returns:
     The parameters for `advance`; `is_listed` tells which.
@@ -244,7 +245,7 @@ def step_params(params: Params) -> Params:
   devices = {device for leaf in leaves for device in leaf.devices()}
   if len(devices) != 1 or devices.pop().platform != "cpu":
     return params
-  return decoder_lm.list_layers(params, split=_views)
+  return decoder_lm.list_layers(params, config, split=_views)
 
 
 def is_listed(params: Params) -> bool:

@@ -296,7 +296,7 @@ def _prepare(
   return _Run(
     config=config,
     params=params,
-    step_params=decoding.step_params(params),
+    step_params=decoding.step_params(params, config),
     prompts=padded,
     lengths=lengths,
     chooser=make_chooser(

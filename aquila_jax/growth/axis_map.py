@@ -215,12 +215,15 @@ def axis_sizes(axes: object, shapes: object) -> dict[str, int]:
     shapes: the same tree of anything with a `shape`.
 
   Returns:
-    Size by axis name. One name has one size in a whole network.
+    Size by axis name. One name has one size in a whole network; `layer` that
+    of the leaves that all layers have.
   """
   sizes: dict[str, int] = {}
   for leaf_axes, leaf in zip(
     jax.tree.leaves(axes), jax.tree.leaves(shapes), strict=True
   ):
     for name, size in zip(leaf_axes.names, leaf.shape, strict=True):
+      if name == "layer" and leaf_axes.layers is not None:
+        continue
       assert sizes.setdefault(name, size) == size, name
   return sizes

@@ -98,7 +98,7 @@ def calibrate(
     return Calibration(usage=_usage(way, source, sample))
   if way.of_source is not None:
     return Calibration()
-  shape = (way.num_layers, target.embed_dim, way.copies)
+  shape = (len(way.layers), target.embed_dim, way.copies)
   std, dtype = way.moe.router_init_std, jnp.dtype(target.param_dtype)
   rows = routers.drawn_rows(shape, std=std, seed=seed)
   if not what:
@@ -126,16 +126,18 @@ def _measured(
   constants = []
 
   def watch(layer: int, inputs: np.ndarray) -> None:
-    x = sample.flat(inputs)
+    if layer not in way.layers:
+      return
+    x, row = sample.flat(inputs), way.layers.index(layer)
     if options.router != "normal":
       if options.router == "domains":
         domains = sample.flat(sample.domains)
         means = routers.domain_rows(x, domains, count=way.copies)
       else:
         means = routers.cluster_rows(x, count=way.copies, seed=seed + layer)
-      rows[layer] = routers.scaled_rows(means, std=way.moe.router_init_std)
+      rows[row] = routers.scaled_rows(means, std=way.moe.router_init_std)
     if way.needs_constant:
-      kernel = np.repeat(rows[layer], way.shards, axis=-1)
+      kernel = np.repeat(rows[row], way.shards, axis=-1)
       routing = routers.route(x, kernel, moe=way.moe)
       sums = np.asarray(routing.gates, np.float64).sum(-1)
       constants.append(routers.constant(sums))
@@ -154,7 +156,7 @@ def _measured(
 def _usage(
   way: Merging, source: ReadModel, sample: Sample
 ) -> Float[np.ndarray, "L E"]:
-  usage = np.zeros((way.num_layers, way.moe.num_experts))
+  usage = np.zeros((len(way.layers), way.moe.num_experts))
   (kernel,) = [
     name
     for name, spec in model_leaves(source.config).items()
@@ -162,11 +164,14 @@ def _usage(
   ]
 
   def watch(layer: int, inputs: np.ndarray) -> None:
-    kernel_of_layer = source.params.read(kernel, index=(layer, ...))
+    if layer not in way.layers:
+      return
+    row = way.layers.index(layer)
+    kernel_of_layer = source.params.read(kernel, index=(row, ...))
     routing = routers.route(sample.flat(inputs), kernel_of_layer, moe=way.moe)
     chosen = np.asarray(routing.experts).reshape(-1)
     counts = np.bincount(chosen, minlength=way.moe.num_experts)
-    usage[layer] = counts / counts.sum()
+    usage[row] = counts / counts.sum()
 
   watch_ffn_inputs(source, _rows_of(sample), watch)
   return usage

@@ -7,6 +7,7 @@ can be checked that no memory holds, and before it is written anywhere.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -134,9 +135,9 @@ def _run(
   leaves, masks = model_leaves(config), make_masks(config)
   captured = None if watch is None else ["intermediates"]
 
-  @jax.jit
-  def block(x, params, share):
-    out: Any = decoder_lm.Block(config).apply(
+  @functools.partial(jax.jit, static_argnames="has_experts")
+  def block(x, params, share, *, has_experts):
+    out: Any = decoder_lm.Block(config, has_experts=has_experts).apply(
       {"params": params},
       x,
       None,
@@ -156,7 +157,9 @@ def _run(
   x = jnp.asarray(_embedded(model.params, leaves, rows.tokens).astype(wide))
   for layer in range(config.num_layers):
     share = None if masks.layers is None else masks.layers[layer]
-    x, normed = block(x, _layer(model.params, leaves, layer), share)
+    params = _layer(model.params, leaves, layer)
+    is_mixture = layer in config.moe_layers
+    x, normed = block(x, params, share, has_experts=is_mixture)
     if watch is not None:
       watch(layer, np.asarray(normed))
   return x
@@ -193,11 +196,12 @@ def _layer(
   arrays: dict[str, jax.Array] = {}
   for name, spec in leaves.items():
     folder, _, inside = name.partition(".")
-    if folder != _LAYERS:
+    row = spec.axes.row_of(layer)
+    if folder != _LAYERS or row is None:
       continue
     filled = np.empty(spec.shape[1:], spec.dtype)
     for index in slices(spec):
-      if index[0] == layer:
+      if index[0] == row:
         filled[index[1:]] = tree.read(name, index=index)
     arrays[inside] = jnp.asarray(filled)
   return traverse_util.unflatten_dict(arrays, sep=".")

@@ -36,6 +36,24 @@ class LayerMap:
     return words
 
 
+def rows_of(copies: AxisMap, layers: tuple[int, ...] | None) -> AxisMap:
+  """The map of a leaf that only some layers have, from row to row.
+
+  Args:
+    copies: the source layer of every target layer; each source layer is copied.
+    layers: of the target, those that have the leaf; None is all. In the source
+      it is in the layers that these copy.
+
+  Returns:
+    For every row of the target's leaf the row of the source's.
+  """
+  if layers is None:
+    return copies
+  copied = copies.source[np.asarray(layers)]
+  having, rows = np.unique(copied, return_inverse=True)
+  return AxisMap(source=rows, source_size=len(having), rule=copies.rule)
+
+
 def _copying(source: np.ndarray, num_source: int, *, rule: str) -> LayerMap:
   return LayerMap(
     copies=AxisMap(source=source, source_size=num_source, rule=rule),

@@ -186,18 +186,19 @@ class GrownTree:
     """One of the `slices` of a leaf, in the target's dtype; into `out`."""
     spec = self._leaves[name]
     place = dict(zip(spec.axes.names, index, strict=True))
-    layer: Any = place.get("layer", 0)
+    row: Any = place.get("layer", 0)
+    layer = spec.axes.layer_of(row)
     copies = self._growth.layers.copies
     if self._growth.masked and not self._powers.draws and "layer" in place:
       if copies.is_new[layer]:  # it has had no gradients
         return np.zeros(slice_shape(spec, index), spec.dtype)
-    own_layer, layer_above = layer, layer
+    own_row, row_above = row, row
     if "layer" in place:
-      own_layer, layer_above = self._growth.source_layers(layer)
-    own = self._read(name, spec, index, layer=own_layer)
+      own_row, row_above = self._growth.source_rows(spec.axes, row)
+    own = self._read(name, spec, index, row=own_row)
     above = own
-    if layer_above != own_layer and self._growth.takes_next_layer(spec.axes):
-      above = self._read(name, spec, index, layer=layer_above)
+    if row_above != own_row and self._growth.takes_next_layer(spec.axes):
+      above = self._read(name, spec, index, row=row_above)
     return self._growth.slice(
       own,
       above,
@@ -210,13 +211,13 @@ class GrownTree:
     )
 
   def _read(
-    self, name: str, spec: LeafSpec, index: Index, *, layer: int
+    self, name: str, spec: LeafSpec, index: Index, *, row: int
   ) -> np.ndarray:
     """The slice of the source that a slice of the target copies."""
     source = list(index)
     dim = spec.axes.index("layer")
     if dim is not None:
-      source[dim] = layer
+      source[dim] = row
     dim, vocab = spec.axes.index("vocab"), self._growth.vocab
     if dim is None or vocab is None:
       return self._recent.read(self._prefix + name, index=tuple(source))

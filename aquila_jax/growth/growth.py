@@ -22,7 +22,7 @@ from aquila_jax.core.model_config import (
   ModelConfig,
 )
 from aquila_jax.growth.axis_map import AxisMap, AxisMaps, Powers
-from aquila_jax.growth.depth import LayerMap
+from aquila_jax.growth.depth import LayerMap, rows_of
 from aquila_jax.growth.matrix import (
   Columns,
   Side,
@@ -90,14 +90,22 @@ class Growth:
       counting = counting & ~copies.is_new
     return copies.source[counting].tolist() == list(range(copies.source_size))
 
-  def source_layers(self, layer: int) -> tuple[int, int]:
-    """The layer that a target layer copies, and the one above that.
+  def source_rows(self, axes: LeafAxes, row: int) -> tuple[int, int]:
+    """Of a stacked leaf: what a row of the target's copies of the source's.
 
-    The last layer has none above it, and stands for it itself.
+    Args:
+      axes: of the leaf in the target. The source has it in the layers that are
+        copied by those that have it in the target (kinds.py checks that).
+      row: of the leaf in the target.
+
+    Returns:
+      The row, and the one above it: of the next layer that has the leaf, in a
+      stack of two kinds the next of its kind. The last one has none above it,
+      and stands for it itself.
     """
-    copies = self.layers.copies
-    own = int(copies.source[layer])
-    return own, min(own + 1, copies.source_size - 1)
+    rows = rows_of(self.layers.copies, axes.layers)
+    own = int(rows.source[row])
+    return own, min(own + 1, rows.source_size - 1)
 
   def takes_next_layer(self, axes: LeafAxes) -> bool:
     """Whether a leaf has entries that come from the layer above."""

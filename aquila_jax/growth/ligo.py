@@ -45,6 +45,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
@@ -52,6 +53,7 @@ from aquila_jax.core import dtypes
 from aquila_jax.core.axes import LeafAxes, Role, path_name
 from aquila_jax.core.types import Leaf, Params
 from aquila_jax.growth.axis_map import AxisMap, AxisMaps
+from aquila_jax.growth.depth import rows_of
 
 # Axes that no matrix may mix: RoPE pairs up the elements of a head, and the
 # others are tables and stacks of things that are not alike.
@@ -96,17 +98,29 @@ def init_operator(
   for _, leaf in named:
     for name in grown:
       assert not leaf.has(name, Role.NEITHER), f"{name} is indexed by"
-  stacked = []
+  depth_maps = {}
   if not layers.is_identity:
-    stacked = [path_name(path) for path, leaf in named if leaf.has("layer")]
+    depth_maps = {
+      path_name(path): _of_leaf(layers, leaf)
+      for path, leaf in named
+      if leaf.has("layer")
+    }
   return Operator(
     writes={name: _one_hot(m, dtype) for name, m in grown.items()},
     reads={
       name: _one_hot(m, dtype) / jnp.asarray(m.divisors[:, None], dtype)
       for name, m in grown.items()
     },
-    depth={name: _one_hot(layers, dtype) for name in stacked},
+    depth={name: _one_hot(m, dtype) for name, m in depth_maps.items()},
   )
+
+
+def _of_leaf(layers: AxisMap, source: LeafAxes) -> AxisMap:
+  """The map of depth for the rows of a leaf that some layers may lack."""
+  if source.layers is None:
+    return layers
+  (having,) = np.nonzero(np.isin(layers.source, source.layers))
+  return rows_of(layers, tuple(having.tolist()))
 
 
 def _one_hot(axis_map: AxisMap, dtype: Any) -> Float[Array, "target source"]:

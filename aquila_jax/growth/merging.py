@@ -24,7 +24,7 @@ class Merging:
   """What the one FFN is made of."""
 
   moe: MoeConfig  # of the source
-  num_layers: int
+  layers: tuple[int, ...]  # that have experts
   by_usage: bool
 
 
@@ -70,7 +70,7 @@ def make_merging(
     )
   return Merging(
     moe=moe,
-    num_layers=source.num_layers,
+    layers=source.moe_layers,
     by_usage=options.method == "merge_by_usage",
   )
 

@@ -358,12 +358,13 @@ def _merged(
   weights = calibration.usage
   if weights is None:
     count = way.moe.num_experts
-    weights = np.full((way.num_layers, count), 1 / count)
+    weights = np.full((len(way.layers), count), 1 / count)
   shared = way.moe.shared_expert_dim
   return MergedTree(
     _present(trees[role]),
     weights,
     leaves=model_leaves(plan.config, role=role),
+    old=model_leaves(source),
     experts=_kernels(source, "expert"),
     shared=_kernels(source, "shared_mlp") if shared else None,
   )

@@ -20,7 +20,7 @@ from aquila_jax.core import config as config_lib
 from aquila_jax.core import dtypes, errors
 from aquila_jax.core.experiment_config import ScaleUp
 from aquila_jax.core.lineage import Event
-from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.core.model_config import ModelConfig, MoeConfig
 from aquila_jax.core.model_dir import StoredModel
 from aquila_jax.core.moments import AdamMoments
 from aquila_jax.growth import axis_map, methods
@@ -34,6 +34,7 @@ from aquila_jax.growth.grown_tree import (
   materialise,
 )
 from aquila_jax.growth.growth import Growth
+from aquila_jax.growth.layer_kinds import check_kinds
 from aquila_jax.growth.optimizer_state import FIRST_MOMENT, SECOND_MOMENT
 from aquila_jax.models import decoder_lm
 
@@ -97,6 +98,7 @@ def make_growth(
   )
   what = methods.option(path, "method")
   growth = methods.find(options.method, what=what)(pair)
+  check_kinds(growth.layers, source, target, path=path)
   _check_maps(growth, source, target)
   _check_epsilon(growth, source, target, path=path)
   return growth
@@ -125,7 +127,7 @@ def check_pair(
     }
   for field, reason in kept.items():
     given, needed = getattr(target, field), getattr(source, field)
-    if given != needed:
+    if _all_layers(given) != _all_layers(needed):
       raise errors.UserError(
         f"{path}.{field}={_shown(given)}: expected the source's"
         f" {_shown(needed)}; {reason}"
@@ -142,6 +144,13 @@ def check_pair(
     )
   if options.method != "random":
     _check_sizes(source, target, path=path)
+
+
+def _all_layers(value: Any) -> Any:
+  """Experts without where they are: that follows from the layers' copies."""
+  if isinstance(value, MoeConfig):
+    return dataclasses.replace(value, layers="all")
+  return value
 
 
 def refuse_masked(source: ModelConfig) -> None:

@@ -31,6 +31,7 @@ from jaxtyping import Float
 from aquila_jax.core import dtypes
 from aquila_jax.core.axes import Role
 from aquila_jax.growth.grown_tree import Index, LeafSpec, Recent, Tree
+from aquila_jax.growth.layer_kinds import dense_index, dense_leaf
 from aquila_jax.growth.matrix import blocks
 from aquila_jax.growth.upcycling import Upcycling
 
@@ -93,11 +94,13 @@ class UpcycledTree:
     elif shared is not None and spec.axes.has("shared_expert"):
       value = np.zeros(spec.shape[1:])  # sigmoid(0) = 1/2 for every token
     else:
-      value = self._kept(name, index)
+      value = self._kept(name, spec, index)
     return value.astype(spec.dtype, copy=False)
 
-  def _kept(self, name: str, index: Index) -> np.ndarray:
+  def _kept(self, name: str, spec: LeafSpec, index: Index) -> np.ndarray:
     """The source's; of several models their mean."""
+    if self._up.of_source is None:
+      name, index = dense_leaf(name), dense_index(spec.axes, index)
     parts = [t.read(self._prefix + name, index=index) for t in self._sources]
     if len(parts) == 1:
       return parts[0]
@@ -121,28 +124,31 @@ class UpcycledTree:
     assert shared is not None
     dim = _unstacked(spec).index("shared_mlp")
     reads_mlp = spec.axes.has("shared_mlp", Role.READS)
-    value = self._ffn(self._sources[0], name, (index[0], ...))
+    layer = spec.axes.layer_of(index[0])
+    value = self._ffn(self._sources[0], name, (layer, ...))
     value = _units(value, shared.units, dim)
     c = up.kernel_scale(up.shared_scale, reads_mlp=reads_mlp)
     return self._scaled(value, c, meets=1.0, weight=shared.share)
 
   def _expert(self, name: str, spec: LeafSpec, index: Index) -> np.ndarray:
     up, moe = self._up, self._up.moe
-    layer, expert = index[0], index[1]
+    row, expert = index[0], index[1]
     parent = up.parent(expert)
     dim = _unstacked(spec).index("mlp")
     reads_mlp = spec.axes.has("mlp", Role.READS)
 
     def read(trees: Sequence[Recent]) -> np.ndarray:
-      stacked = (layer,) if parent.expert is None else (layer, parent.expert)
+      stacked = (spec.axes.layer_of(row),)
+      if parent.expert is not None:
+        stacked = (row, parent.expert)
       value = self._ffn(trees[parent.model], name, (*stacked, ...))
       return _units(value, parent.units, dim)
 
     value = read(self._sources)
     if up.is_changed(expert) and (up.redraw or up.noise):
       like = value if self._values is None else read(self._values)
-      value = self._changed(value, like, dim, name=name, place=(layer, expert))
-    c = up.kernel_scale(float(self._scale[layer]), reads_mlp=reads_mlp)
+      value = self._changed(value, like, dim, name=name, place=(row, expert))
+    c = up.kernel_scale(float(self._scale[row]), reads_mlp=reads_mlp)
     meets = moe.top_k / moe.num_experts
     weight = up.routed_share * up.shards / moe.top_k
     old = up.of_source
@@ -241,6 +247,7 @@ class MergedTree:
     source: the tree of the mixture.
     weights: of every expert in every layer; they sum to one.
     leaves: of the target, by name.
+    old: those of the mixture.
     experts: the name of each kernel of the experts, by its last part.
     shared: likewise of a shared expert, whose units come first; None where
       there is none.
@@ -252,12 +259,19 @@ class MergedTree:
     weights: Float[np.ndarray, "L E"],
     *,
     leaves: Mapping[str, LeafSpec],
+    old: Mapping[str, LeafSpec],
     experts: Mapping[str, str],
     shared: Mapping[str, str] | None,
   ):
     self._source = source
     self._weights = weights
     self._leaves = leaves
+    self._old = old
+    self._dense = {
+      name.rpartition(".")[2]: name
+      for name, spec in old.items()
+      if spec.axes.has("mlp") and not spec.axes.has("expert")
+    }
     self._experts = experts
     self._shared = shared
 
@@ -267,13 +281,19 @@ class MergedTree:
     if not spec.axes.has("mlp"):
       value = self._source.read(name, index=index)
       return value.astype(spec.dtype, copy=False)
-    layer, last = index[0], name.rpartition(".")[2]
+    last = name.rpartition(".")[2]
+    row = self._old[self._experts[last]].axes.row_of(index[0])
+    if row is None:  # a layer that has an FFN already
+      kept = self._dense[last]
+      row = self._old[kept].axes.row_of(index[0])
+      value = self._source.read(kept, index=(row, ...))
+      return value.astype(spec.dtype, copy=False)
     total = np.zeros(())
-    for expert, weight in enumerate(self._weights[layer]):
-      part = self._source.read(self._experts[last], index=(layer, expert, ...))
+    for expert, weight in enumerate(self._weights[row]):
+      part = self._source.read(self._experts[last], index=(row, expert, ...))
       total = total + part.astype(_wide(part.dtype)) * weight
     if self._shared is not None:
-      part = self._source.read(self._shared[last], index=(layer, ...))
+      part = self._source.read(self._shared[last], index=(row, ...))
       dim = _unstacked(spec).index("mlp")
       total = np.concatenate([part.astype(total.dtype), total], axis=dim)
     return total.astype(spec.dtype, copy=False)

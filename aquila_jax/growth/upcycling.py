@@ -79,7 +79,7 @@ class Upcycling:
 
   moe: MoeConfig  # of the target
   of_source: MoeConfig | None
-  num_layers: int
+  layers: tuple[int, ...]  # of the model, that have experts
   num_models: int  # the source and those mixed in
   copies: int  # of an FFN, all models together, or of an expert
   shards: int  # that an FFN is cut into
@@ -145,9 +145,9 @@ class Upcycling:
       constants: of `routers.measured_constants`, where `needs_constant`.
 
     Returns:
-      The factor of each layer.
+      The factor of each layer that has experts.
     """
-    scale = np.full(self.num_layers, self.routed_share * self.shards)
+    scale = np.full(len(self.layers), self.routed_share * self.shards)
     if self.of_source is not None or self.moe.gates_sum_to_one:
       return scale
     if self.uniform_gates:
@@ -224,7 +224,13 @@ def make_upcycling(
       " all experts"
     )
   if source.moe is not None:
-    _check_experts(source.moe, moe, options, path=path)
+    _check_experts(source, target, options, path=path)
+  if target.is_mixed and target.mlp_dim != source.mlp_dim:
+    raise errors.UserError(
+      f"{path}.mlp_dim={target.mlp_dim}: expected {source.mlp_dim}; with"
+      f" moe.layers={moe.layers!r} other layers keep their FFN, and an expert"
+      " is as wide as that"
+    )
   units, shared = _units(source, target, options, path=path)
   shards = _shards(units, target, options, path=path)
   groups = 1 if source.moe is None else source.moe.num_experts
@@ -247,7 +253,7 @@ def make_upcycling(
   return Upcycling(
     moe=moe,
     of_source=source.moe,
-    num_layers=source.num_layers,
+    layers=target.moe_layers,
     num_models=num_models,
     copies=copies,
     shards=shards,
@@ -283,12 +289,18 @@ def check_kept(source: ModelConfig, target: ModelConfig, *, path: str) -> None:
 
 
 def _check_experts(
-  source: MoeConfig, target: MoeConfig, options: ScaleOut, *, path: str
+  source: ModelConfig, target: ModelConfig, options: ScaleOut, *, path: str
 ) -> None:
   """Refuses another kind of mixture than the source is."""
+  old, new = source.moe, target.moe
+  assert old is not None
+  assert new is not None
   for field in dataclasses.fields(MoeConfig):
-    given, needed = getattr(target, field.name), getattr(source, field.name)
-    if field.name not in _FREE_OF_EXPERTS and given != needed:
+    given, needed = getattr(new, field.name), getattr(old, field.name)
+    same = given == needed
+    if field.name == "layers":
+      same = source.moe_layers == target.moe_layers
+    if field.name not in _FREE_OF_EXPERTS and not same:
       raise errors.UserError(
         f"{path}.moe.{field.name}={given!r}: expected the source's {needed!r};"
         " a mixture grows in the number of its experts"
@@ -301,7 +313,7 @@ def _check_experts(
   if options.sources:
     raise errors.UserError(
       f"{option(path, 'sources')}: expected none; the source has"
-      f" {source.num_experts} experts, and dense models are mixed"
+      f" {old.num_experts} experts, and dense models are mixed"
     )
 
 

@@ -47,7 +47,7 @@ def predict(
 
 def _scales(up: Upcycling) -> list[float]:
   """What outputs of experts are multiplied by, but for what is measured."""
-  scales = up.routed_scale(np.ones(up.num_layers)).tolist()
+  scales = up.routed_scale(np.ones(len(up.layers))).tolist()
   return scales if up.shared is None else [*scales, up.shared_scale]
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from aquila_jax.core import errors
 from aquila_jax.core.model_config import (
+  LayerPattern,
   LinearRopeScaling,
   Llama3RopeScaling,
   ModelConfig,
@@ -200,7 +201,7 @@ def read_config(
     param_dtype=dtype,
     compute_dtype=dtype,
   )
-  values |= _read_ffn(family, fields)
+  values |= _read_ffn(family, fields, num_layers=num_layers)
   fields.check()
   return family, _model_config(values, what=what), fields.unknown
 
@@ -296,7 +297,9 @@ def idle_tensors(family: Family, config: ModelConfig) -> dict[str, IdleTensor]:
   return {
     name.format(layer=i): tensor
     for name, tensor in found.items()
-    for i in range(config.num_layers)
+    for i in (
+      config.moe_layers if "shared_expert" in name else range(config.num_layers)
+    )
   }
 
 
@@ -357,7 +360,12 @@ def _choose(config: ModelConfig) -> Family:
       "model.out_bias=True: no stock class of transformers has it beside these"
       " experts; expected False"
     )
-  if config.qkv_bias or moe.shared_expert_dim or not moe.gates_sum_to_one:
+  if (
+    config.qkv_bias
+    or moe.shared_expert_dim
+    or not moe.gates_sum_to_one
+    or config.is_mixed  # Mixtral has experts in all layers
+  ):
     return FAMILIES["qwen2_moe"]
   return FAMILIES["mixtral"]
 
@@ -514,7 +522,9 @@ def _window_tree(family: Family, config: ModelConfig) -> dict[str, Any]:
   return tree
 
 
-def _read_ffn(family: Family, fields: Fields) -> dict[str, Any]:
+def _read_ffn(
+  family: Family, fields: Fields, *, num_layers: int
+) -> dict[str, Any]:
   if family.experts == "none":
     fields.ignore("moe_intermediate_size")
     return {"mlp_dim": fields.take("intermediate_size", int)}
@@ -526,14 +536,8 @@ def _read_ffn(family: Family, fields: Fields) -> dict[str, Any]:
       num_experts=fields.take("num_local_experts", int, 8),
     )
   else:
-    fields.ignore("intermediate_size")  # of layers without experts
     mlp_dim = fields.take("moe_intermediate_size", int)
-    fields.expect(
-      "decoder_sparse_step", 1, why="here all layers have experts or none"
-    )
-    fields.expect(
-      "mlp_only_layers", [], why="here all layers have experts or none"
-    )
+    layers = _read_layers(fields, num_layers=num_layers, mlp_dim=mlp_dim)
     # Version 5 of transformers writes Qwen3-MoE's under Mixtral's name.
     name = "num_experts" if fields.has("num_experts") else "num_local_experts"
     moe = dict(
@@ -541,6 +545,7 @@ def _read_ffn(family: Family, fields: Fields) -> dict[str, Any]:
       num_experts=fields.take(name, int),
       router_order="softmax_then_topk",
       renormalise=fields.take("norm_topk_prob", bool, False),
+      layers=layers,
     )
     fields.ignore("num_experts", "num_local_experts")
   if family.shared_expert:
@@ -548,6 +553,37 @@ def _read_ffn(family: Family, fields: Fields) -> dict[str, Any]:
     moe["shared_expert_dim"] = shared
   made = fields.make(lambda: MoeConfig(**moe), since=before)
   return {"mlp_dim": mlp_dim, "moe": made}
+
+
+def _read_layers(
+  fields: Fields, *, num_layers: int, mlp_dim: int
+) -> LayerPattern | tuple[int, ...]:
+  """The layers with experts: each step-th, but for those of a list."""
+  step = fields.take("decoder_sparse_step", int, 1)
+  dense = fields.take("mlp_only_layers", list, [])
+  fields.ignore("intermediate_size")  # of layers without experts
+  if step < 1:
+    fields.refuse(f"decoder_sparse_step={step}: expected at least 1")
+    return "all"
+  layers = tuple(
+    i for i in range(num_layers) if (i + 1) % step == 0 and i not in dense
+  )
+  if len(layers) == num_layers:
+    return "all"
+  if not layers:
+    fields.refuse(
+      f"mlp_only_layers={dense}, decoder_sparse_step={step}: none of"
+      f" {num_layers} layers has experts; expected some"
+    )
+    return "all"
+  width = fields.take("intermediate_size", int)
+  if width != mlp_dim:
+    fields.refuse(
+      f"intermediate_size={width}: expected {mlp_dim}, the"
+      " moe_intermediate_size; here layers without experts are as wide as one"
+      " expert"
+    )
+  return layers
 
 
 def _moe_tree(family: Family, config: ModelConfig) -> dict[str, Any]:
@@ -566,7 +602,9 @@ def _moe_tree(family: Family, config: ModelConfig) -> dict[str, Any]:
     "moe_intermediate_size": config.mlp_dim,
     "norm_topk_prob": moe.gates_sum_to_one,
     "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
+    "mlp_only_layers": [
+      i for i in range(config.num_layers) if i not in config.moe_layers
+    ],
   }
   if family.shared_expert:
     shared = moe.shared_expert_dim or _IDLE_SHARED_DIM

@@ -100,6 +100,8 @@ def _slots_of(
   part, rest = shape[len(apart) :], axes.axes[len(apart) :]
   for index in itertools.product(*map(range, shape[: len(apart)])):
     numbers = {axis.name: i for axis, i in zip(apart, index, strict=True)}
+    if "layer" in numbers:
+      numbers["layer"] = axes.layer_of(numbers["layer"])
     yield Slot(
       tensor=name.format(**numbers),
       shape=_tensor_shape(part, rest),

@@ -54,6 +54,10 @@ HF_QWEN_MOE = _HF_COMMON | {
   "layers.mlp.shared.token_gate_kernel": (
     _HF_LAYER + "mlp.shared_expert_gate.weight"
   ),
+  # Of the layers without experts, where some have none.
+  "layers.dense_mlp.gate_kernel": _HF_LAYER + "mlp.gate_proj.weight",
+  "layers.dense_mlp.up_kernel": _HF_LAYER + "mlp.up_proj.weight",
+  "layers.dense_mlp.down_kernel": _HF_LAYER + "mlp.down_proj.weight",
 }
 
 _GGUF_LAYER = "blk.{layer}."

@@ -24,13 +24,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.types import Params
 from aquila_jax.layers.embedding import Embedding, LMHead
 from aquila_jax.models import decoder_lm
-from aquila_jax.models.decoder_lm import Block, DecoderLM
+from aquila_jax.models.decoder_lm import Block
+from aquila_jax.models.layer_runs import DENSE, EXPERTS
 
 Part = Literal[
   "embedding", "attention", "feed-forward", "residual", "final norm", "logits"
@@ -81,25 +82,7 @@ def trace_model(
   Returns:
     One array a place.
   """
-  row = jnp.asarray(tokens, jnp.int32)[None]
-  logits, captured = jax.device_get(_captured_model(config, params, row))
-  layers = captured["layers"]
-  # Each a tuple of the calls, of which there was one.
-  parts: dict[Part, np.ndarray] = {
-    "attention": layers["attention"]["__call__"][0][0],
-    "feed-forward": _feed_forward(layers),
-    "residual": layers["__call__"][0][0],
-  }
-  return {
-    Place("embedding"): captured["embedding"]["__call__"][0][0],
-    **{
-      Place(part, i): stack[i, 0]
-      for i in range(config.num_layers)
-      for part, stack in parts.items()
-    },
-    Place("final norm"): captured["final_norm"]["__call__"][0][0],
-    Place("logits"): logits[0],
-  }
+  return _trace(config, params, tokens, given=None)
 
 
 def trace_parts(
@@ -123,23 +106,41 @@ def trace_parts(
   Returns:
     One array a place.
   """
+  return _trace(config, params, tokens, given=given)
+
+
+def _trace(
+  config: ModelConfig,
+  params: Params,
+  tokens: Sequence[int],
+  *,
+  given: Trace | None,
+) -> dict[Place, np.ndarray]:
+  """Layer by layer; parts get the outputs of `given`, or of ours."""
   row = jnp.asarray(tokens, jnp.int32)[None]
   embedding = Embedding(config).apply({"params": params["embedding"]}, row)
   found = {Place("embedding"): np.asarray(embedding)[0]}
-  dtype = jnp.dtype(config.compute_dtype)
   before = Place("embedding")
+
+  def read(place: Place) -> Float[Array, "1 T D"]:
+    outputs = found if given is None else given
+    return jnp.asarray(outputs[place], jnp.dtype(config.compute_dtype))[None]
+
   for i in range(config.num_layers):
-    x = jnp.asarray(given[before], dtype)[None]
-    layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
-    outputs = jax.device_get(_captured_block(config, layer, x))
+    layer = decoder_lm.layer_params(params, config, i)
+    outputs = jax.device_get(
+      _captured_block(
+        config, layer, read(before), has_experts=i in config.moe_layers
+      )
+    )
     found |= {Place(part, i): out[0] for part, out in outputs.items()}
     before = Place("residual", i)
   normed: Any = decoder_lm.final_norm(config).apply(
-    {"params": params["final_norm"]}, jnp.asarray(given[before], dtype)[None]
+    {"params": params["final_norm"]}, read(before)
   )
   found[Place("final norm")] = np.asarray(normed)[0]
-  x = jnp.asarray(given[Place("final norm")], dtype)[None]
-  found[Place("logits")] = np.asarray(_head(config, params, x))[0]
+  logits = _head(config, params, read(Place("final norm")))
+  found[Place("logits")] = np.asarray(logits)[0]
   return found
 
 
@@ -253,33 +254,22 @@ def _is_part(module: nn.Module, method: str) -> bool:
 
 def _feed_forward(layer: Any) -> Any:
   """The output of an FFN, or of a mixture, which answers with statistics."""
-  out = layer["mlp"]["__call__"][0]
+  name = DENSE if DENSE in layer else EXPERTS
+  out = layer[name]["__call__"][0]
   return out[0] if isinstance(out, tuple) else out
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _captured_model(
-  config: ModelConfig, params: Params, row: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T V"], Any]:
-  out: Any
-  out, variables = DecoderLM(config).apply(
-    {"params": params},
-    row,
-    positions=jnp.arange(row.shape[1])[None],
-    segments=jnp.ones_like(row),
-    capture_intermediates=_is_part,
-    mutable=["intermediates"],
-  )
-  return out.logits, variables["intermediates"]
-
-
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("config", "has_experts"))
 def _captured_block(
-  config: ModelConfig, params: Params, x: Float[Array, "B T D"]
+  config: ModelConfig,
+  params: Params,
+  x: Float[Array, "B T D"],
+  *,
+  has_experts: bool,
 ) -> dict[Part, Float[Array, "B T D"]]:
   positions = jnp.arange(x.shape[1])[None]
   out: Any
-  out, variables = Block(config).apply(
+  out, variables = Block(config, has_experts=has_experts).apply(
     {"params": params},
     x,
     None,

@@ -3,6 +3,9 @@
 tokens -> Embedding -> L x Block -> RMSNorm -> LM head -> logits
 Block: x + Attention(RMSNorm(x)), then x + FFN or MoE(RMSNorm(x))
 
+Layers that are all alike are scanned; some with experts and others without, in
+pieces: mixed_layers.py.
+
 What a growth has added may count in part: growth_mask.py.
 """
 
@@ -15,7 +18,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
+from flax import struct, traverse_util
 from jaxtyping import Array, Float, Int
 
 from aquila_jax.core import axes
@@ -26,15 +29,17 @@ from aquila_jax.layers.embedding import Embedding, LMHead
 from aquila_jax.layers.feed_forward import FeedForward
 from aquila_jax.layers.moe.layer import MoeFeedForward
 from aquila_jax.layers.norm import RMSNorm
-from aquila_jax.models import growth_mask
+from aquila_jax.models import growth_mask, layer_runs
 from aquila_jax.models.growth_mask import NO_MASKS, Masks
+from aquila_jax.models.mixed_layers import mixed_layers
 
 
 class DecoderOutput(struct.PyTreeNode):
   """What the decoder answers."""
 
   logits: Leaf  # float [B T V]; at least float32
-  routing: RoutingStats | None  # leaves stacked over layers; None when dense
+  # Stacked over the layers with experts (config.moe_layers); None when dense.
+  routing: RoutingStats | None
   # As the one that was given; None when none was.
   cache: KVCache | ListedCache | None
 
@@ -67,9 +72,16 @@ def final_norm(config: ModelConfig) -> RMSNorm:
 
 
 class Block(nn.Module):
-  """One layer: pre-norm attention and pre-norm feed-forward."""
+  """One layer: pre-norm attention and pre-norm feed-forward.
+
+  Attributes:
+    config: of the decoder.
+    has_experts: whether this layer is one of `config.moe_layers`; of no
+      account where the decoder has none.
+  """
 
   config: ModelConfig
+  has_experts: bool = True
 
   @nn.compact
   def __call__(
@@ -91,8 +103,11 @@ class Block(nn.Module):
     )
     x = x + _shared(attended, share)
     normed = _norm(self.config, "mlp_norm")(x, masks.embed)
-    if self.config.moe is None:
-      out = FeedForward(self.config, name="mlp")(normed, mask=masks.mlp)
+    if self.config.moe is None or not self.has_experts:
+      # A stack of both kinds has each under a name of its own.
+      uniform = self.config.moe is None
+      name = layer_runs.EXPERTS if uniform else layer_runs.DENSE
+      out = FeedForward(self.config, name=name)(normed, mask=masks.mlp)
       return x + _shared(out, share), (None, cache)
     out, stats = MoeFeedForward(self.config, name="mlp")(
       normed, segments=segments, mask=masks.mlp
@@ -159,7 +174,8 @@ class DecoderLM(nn.Module):
     masks = growth_mask.make_masks(config, mask_value)
     embedding = Embedding(config, name="embedding")
     x = embedding(tokens)
-    layers: Any = self._list if self.listed else self._scan
+    scan = self._scan_mixed if config.is_mixed else self._scan
+    layers: Any = self._list if self.listed else scan
     x, routing, cache = layers(
       x, cache, positions=positions, segments=segments, masks=masks
     )
@@ -170,7 +186,7 @@ class DecoderLM(nn.Module):
       logits = embedding.attend(x)
     else:
       logits = LMHead(config, name="lm_head")(x)
-    routing = growth_mask.weigh_losses(routing, masks.layers)
+    routing = growth_mask.weigh_losses(routing, config, masks)
     return DecoderOutput(logits=logits, routing=routing, cache=cache)
 
   def _scan(
@@ -198,6 +214,20 @@ class DecoderLM(nn.Module):
     )
     return x, routing, cache
 
+  def _scan_mixed(
+    self,
+    x: Float[Array, "B T D"],
+    cache: KVCache | None,
+    *,
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    masks: Masks,
+  ) -> tuple[Float[Array, "B T D"], RoutingStats, KVCache | None]:
+    layers: Any = mixed_layers(
+      self.config, self._block(), initializing=self.is_initializing()
+    )
+    return layers(x, cache, positions, segments, masks)
+
   def _list(
     self,
     x: Float[Array, "B T D"],
@@ -212,12 +242,18 @@ class DecoderLM(nn.Module):
     for i in range(self.config.num_layers):
       one = None if cache is None else _cache_of(cache, i)
       share = None if masks.layers is None else masks.layers[i]
-      x, (routing, one) = block(self.config, name=_layer_name(i))(
-        x, one, positions, segments, share, masks
+      layer = block(
+        self.config,
+        has_experts=i in self.config.moe_layers,
+        name=_layer_name(i),
       )
-      routings.append(routing)
+      x, (routing, one) = layer(x, one, positions, segments, share, masks)
+      if routing is not None:
+        routings.append(routing)
       caches.append(one)
-    routing = jax.tree.map(lambda *leaves: jnp.stack(leaves), *routings)
+    routing = None
+    if routings:
+      routing = jax.tree.map(lambda *leaves: jnp.stack(leaves), *routings)
     if cache is None:
       return x, routing, None
     grown = caches[0].replace(
@@ -249,6 +285,7 @@ def _cache_of(cache: ListedCache, index: int) -> KVCache:
 
 def list_layers(
   params: Params,
+  config: ModelConfig,
   *,
   split: Callable[[Any], Sequence[Any]] = tuple,
 ) -> Params:
@@ -256,16 +293,41 @@ def list_layers(
 
   Args:
     params: of the scanned decoder.
-    split: takes a stacked leaf apart, into one for each layer.
+    config: of the decoder.
+    split: takes a stacked leaf apart, into one for each of its rows.
 
   Returns:
     The same parameters; each layer's under a name of its own.
   """
   listed = {name: leaf for name, leaf in params.items() if name != "layers"}
-  leaves, structure = jax.tree.flatten(params["layers"])
-  for i, layer in enumerate(zip(*map(split, leaves), strict=True)):
-    listed[_layer_name(i)] = jax.tree.unflatten(structure, layer)
+  rows = jax.tree.map(split, params["layers"])
+  for layer in range(config.num_layers):
+    listed[_layer_name(layer)] = _layer_of(rows, config, layer)
   return listed
+
+
+def layer_params(params: Params, config: ModelConfig, layer: int) -> Params:
+  """The parameters of one layer, for a `Block`.
+
+  Args:
+    params: of the scanned decoder.
+    config: of the decoder.
+    layer: its number, from 0.
+
+  Returns:
+    A tree without the leaves that only other layers have.
+  """
+  return _layer_of(params["layers"], config, layer)
+
+
+def _layer_of(stack: Params, config: ModelConfig, layer: int) -> Params:
+  """Of leaves, or lists of their rows, the row of a layer."""
+  declared: Any = traverse_util.flatten_dict(parameter_axes(config)["layers"])
+  leaves: Any = traverse_util.flatten_dict(stack)
+  rows = {keys: axes.row_of(layer) for keys, axes in declared.items()}
+  return traverse_util.unflatten_dict(
+    {keys: leaves[keys][row] for keys, row in rows.items() if row is not None}
+  )
 
 
 def list_cache(cache: KVCache) -> ListedCache:

@@ -91,7 +91,7 @@ def make_masks(
 
 
 def weigh_losses(
-  routing: RoutingStats | None, layers: Float[Array, "L"] | None
+  routing: RoutingStats | None, config: ModelConfig, masks: Masks
 ) -> RoutingStats | None:
   """The routers' losses, so that their plain mean is the mean under the mask.
 
@@ -99,14 +99,16 @@ def weigh_losses(
   its output counts, and dilute the losses of theirs.
 
   Args:
-    routing: stacked over layers; None when dense.
-    layers: the mask; None where no layer is new.
+    routing: stacked over the layers with experts; None when dense.
+    config: of the model.
+    masks: of the model.
 
   Returns:
     The statistics; loads and what is dropped are as they were.
   """
-  if routing is None or layers is None:
+  if routing is None or masks.layers is None:
     return routing
+  layers = masks.layers[np.asarray(config.moe_layers)]
   weights = layers * layers.size / jnp.sum(layers)
   return routing.replace(
     balance_loss=routing.balance_loss * weights,

@@ -189,7 +189,8 @@ def planned_flops(
   """
   old, new = model_sizes(source), model_sizes(target)
   maps = {name: axis_map.circular(old[name], new[name]) for name in old}
-  layers = maps.pop("layer")
+  maps.pop("layer")
+  layers = _any_layers(source, target)
   axes = decoder_lm.parameter_axes(source)
   operator = jax.eval_shape(lambda: ligo.init_operator(maps, layers, axes))
   if operator.is_empty:
@@ -201,6 +202,18 @@ def planned_flops(
     train.tokens_per_step * a_token + products.forward + products.backward
   )
   return train.steps * a_step + products.forward
+
+
+def _any_layers(source: ModelConfig, target: ModelConfig) -> AxisMap:
+  """A map of depth between layers of the same kind: all cost the same."""
+  copied = []
+  for layer in range(target.num_layers):
+    kind = layer in target.moe_layers
+    alike = [
+      i for i in range(source.num_layers) if (i in source.moe_layers) == kind
+    ]
+    copied.append(alike[layer % len(alike)] if alike else 0)
+  return AxisMap(source=np.asarray(copied), source_size=source.num_layers)
 
 
 def learn_growth(job: GrowthJob) -> Learned:

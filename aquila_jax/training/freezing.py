@@ -134,24 +134,22 @@ def _leaf_mask(
   new_indices: NewIndices,
   path: str,
 ) -> LeafMask | None:
-  rank = len(shape)
-  layers = np.full((1,) * rank, not any(map(leaf.has, config.axes)))
+  layers = np.full((1,) * len(shape), not any(map(leaf.has, config.axes)))
   start, stop = config.layers
   stack = leaf.index("layer")
   if stack is not None:
-    num_layers = shape[stack]
-    if not 0 <= start <= stop <= num_layers:
+    # Leaves that all layers have are in every model, and say how many.
+    if leaf.layers is None and not 0 <= start <= stop <= shape[stack]:
       raise errors.UserError(
         f"{path}.layers={config.layers}: expected 0 <= start <= stop <="
-        f" {num_layers}, the layers of the model"
+        f" {shape[stack]}, the layers of the model"
       )
     if start < stop:
-      frozen = _along(stack, [(start, stop)], size=num_layers, rank=rank)
-      layers = layers & ~frozen
+      layers = layers & ~_along(stack, [(start, stop)], leaf, shape)
   new = None
   if config.new_only:
     new = tuple(
-      _along(dim, new_indices[name], size=shape[dim], rank=rank)
+      _along(dim, new_indices[name], leaf, shape)
       for dim, name in enumerate(leaf.names)
       if name in new_indices
     )
@@ -161,10 +159,16 @@ def _leaf_mask(
 
 
 def _along(
-  dim: int, ranges: Sequence[Sequence[int]], *, size: int, rank: int
+  dim: int,
+  ranges: Sequence[Sequence[int]],
+  leaf: LeafAxes,
+  shape: tuple[int, ...],
 ) -> np.ndarray:
-  """A bool vector along `dim`, true in the ranges."""
-  vector = np.zeros(size, bool)
+  """A bool vector along `dim`, true in the ranges; `layer` is the model's."""
+  indices = np.arange(shape[dim])
+  if leaf.names[dim] == "layer" and leaf.layers is not None:
+    indices = np.asarray(leaf.layers)
+  vector = np.zeros(len(indices), bool)
   for start, stop in ranges:
-    vector[start:stop] = True
-  return vector.reshape([size if d == dim else 1 for d in range(rank)])
+    vector |= (start <= indices) & (indices < stop)
+  return vector.reshape([-1 if d == dim else 1 for d in range(len(shape))])

@@ -263,6 +263,7 @@ def _start(job: TrainJob, program: _Program, *, saved: Checkpoints) -> _Run:
     tokens_per_step=job.train.tokens_per_step,
     flops_per_token=job.flops_per_token,
     peak_flops=peak_flops(job.mesh.devices.flatten().tolist()),
+    moe_layers=job.model.moe_layers,
     step=step,
     wall_s=progress["wall_s"],
     window=Window(**progress["window"]),

@@ -33,7 +33,7 @@ class LossTerms(struct.PyTreeNode):
   weight: Leaf  # float []; sum of the target weights
   language_nats: Leaf  # float [languages]; weighted sum, not a mean
   language_weight: Leaf  # float [languages]
-  routing: RoutingStats | None  # stacked over layers; None when dense
+  routing: RoutingStats | None  # stacked over MoE layers; None when dense
 
 
 def batch_totals(batch: Batch) -> BatchTotals:
@@ -65,7 +65,7 @@ def loss_terms(
     cross_entropy = sum w (z - logits[target]) / W
     lm_z = sum w z^2 / W          (PaLM, arXiv 2204.02311, section 5)
     lm_max_z = sum w max(logits)^2 / W  (Baichuan 2, arXiv 2309.10305)
-    total = cross_entropy + mean over layers of (balance * balance_loss +
+    total = cross_entropy + mean over MoE layers of (balance * balance_loss +
       router_z * z_loss) + lm_z and lm_max_z times their weights
 
   The routing of a microbatch counts by its share of the batch's tokens. For the
@@ -74,7 +74,7 @@ def loss_terms(
 
   Args:
     logits: of the microbatch, at least float32.
-    routing: stacked over layers; None when dense.
+    routing: stacked over the layers with experts; None when dense.
     batch: the microbatch.
     totals: of the whole batch.
     config: the weights of the terms.

@@ -73,6 +73,7 @@ class Recorder:
     tokens_per_step: of a batch, padding included.
     flops_per_token: forward and backward.
     peak_flops: of the devices together, for MFU.
+    moe_layers: of a model with experts, in which layers they are.
     step: from which training goes on.
     wall_s: training seconds of earlier starts.
     window: of a checkpoint.
@@ -85,6 +86,7 @@ class Recorder:
     tokens_per_step: int,
     flops_per_token: float,
     peak_flops: float,
+    moe_layers: Sequence[int] = (),
     step: int = 0,
     wall_s: float = 0.0,
     window: Window | None = None,
@@ -93,6 +95,7 @@ class Recorder:
     self._tokens_per_step = tokens_per_step
     self._flops_per_token = flops_per_token
     self._peak_flops = peak_flops
+    self._moe_layers = tuple(moe_layers)
     self._pending: list[tuple[int, StepMetrics]] = []
     self._last: StepMetrics | None = None  # on the host
     self._bad_steps: list[int] = []
@@ -152,7 +155,7 @@ class Recorder:
     if last.growth_mask is not None:
       row["growth_mask"] = float(last.growth_mask)
     if last.routing is not None:
-      row |= routing_fields(last.routing)
+      row |= routing_fields(last.routing, layers=self._moe_layers)
     row |= self._rates(step)
     row["epochs"] = dict(epochs)
     self.window = Window()
@@ -190,25 +193,32 @@ def _optimisation(last: StepMetrics) -> Row:
   }
 
 
-def routing_fields(routing: Any) -> Row:
+def routing_fields(routing: Any, *, layers: Sequence[int]) -> Row:
   """What a row says of the experts, a layer.
 
   With the load f [L E] (it sums to one a layer): entropy -sum f log f in nats
   (log E when even, 0 log 0 = 0) and max f / mean f = E max f.
 
   Args:
-    routing: RoutingStats on the host, stacked over layers.
+    routing: RoutingStats on the host, stacked over the layers with experts.
+    layers: which layers of the model these are, in rising order.
 
   Returns:
-    Fields of a row; lists are over layers.
+    Fields of a row. Lists are over the layers of the model, up to the last one
+    with experts; one without has None.
   """
   load = np.asarray(routing.load, np.float64)
   safe = np.where(load > 0, load, 1.0)
+
+  def by_layer(values: np.ndarray) -> list[Any]:
+    rows = dict(zip(layers, values.tolist(), strict=True))
+    return [rows.get(layer) for layer in range(layers[-1] + 1)]
+
   return {
     "balance_loss": float(np.mean(routing.balance_loss)),
     "router_z_loss": float(np.mean(routing.z_loss)),
-    "expert_load": load.tolist(),
-    "load_entropy": (-np.sum(safe * np.log(safe), axis=-1) + 0.0).tolist(),
-    "load_max_over_mean": (load.max(-1) / load.mean(-1)).tolist(),
-    "dropped_share": np.asarray(routing.dropped, np.float64).tolist(),
+    "expert_load": by_layer(load),
+    "load_entropy": by_layer(-np.sum(safe * np.log(safe), axis=-1) + 0.0),
+    "load_max_over_mean": by_layer(load.max(-1) / load.mean(-1)),
+    "dropped_share": by_layer(np.asarray(routing.dropped, np.float64)),
   }

@@ -33,7 +33,7 @@ class StepMetrics(struct.PyTreeNode):
   weight: Leaf  # float []; sum of the target weights
   language_nats: Leaf  # float [languages]; sums
   language_weight: Leaf  # float [languages]
-  routing: RoutingStats | None  # stacked over layers; None when dense
+  routing: RoutingStats | None  # stacked over MoE layers; None when dense
   gradient_norm: Leaf  # float []; before clipping, of what trains
   parameter_norm: Leaf  # float []; after the update
   update_norm: Leaf  # float []; of the change, learning rate included

@@ -81,6 +81,11 @@ def _refused(path: str, *overrides: tuple[str, str]) -> str:
     ("stages.scale_up.init.compare", "()", []),
     ("stages.dense.train.freeze.layers", "0,2", [0, 2]),
     ("stages.dense.train.freeze.axes", "('vocab',)", ["vocab"]),
+    # A word or numbers.
+    ("stages.control.model.moe.layers", "last_half", "last_half"),
+    ("stages.control.model.moe.layers", "1", [1]),
+    ("stages.control.model.moe.layers", "0,1", [0, 1]),
+    ("stages.control.model.moe.layers", "(1,)", [1]),
     ("evaluation.prompts", "The river", ["The river"]),
     ("evaluation.prompts", "('a, b', 'c')", ["a, b", "c"]),
     ("evaluation.prompts", "7", ["7"]),
@@ -89,6 +94,13 @@ def _refused(path: str, *overrides: tuple[str, str]) -> str:
 def test_override_means(name, text, value):
   found = _field(_load((name, text)), name)
   assert (found, type(found)) == (value, type(value))
+
+
+def test_numbers_of_the_file_can_become_others_and_a_word():
+  name = "stages.control.model.moe.layers"
+  for first in ("0", "0,1"):
+    for text, value in (("1", [1]), ("0,1", [0, 1]), ("all", "all")):
+      assert _field(_load((name, first), (name, text)), name) == value
 
 
 def test_only_the_named_field_changes():

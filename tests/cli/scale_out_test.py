@@ -14,12 +14,13 @@ from tests.cli.commands import SMOKE, names, succeeded
 
 
 def test_it_writes_what_the_library_grows(commands, dense, tmp_path):
-  grown, reset = (tmp_path / name for name in ("grown", "reset"))
+  grown, reset, some = (tmp_path / name for name in ("grown", "reset", "some"))
   command = ("scale_out", f"--source={dense}", "--num_experts=4", "--top_k=2")
-  found = commands.run_all(
+  written = commands.run_all(
     [
       (*command, f"--output={grown}", "--seed=3"),
       (*command, f"--output={reset}", "--optimizer=reset"),
+      (*command, f"--output={some}", "--moe_layers=every_second"),
     ]
   )
   source = tiny.load(dense)
@@ -30,8 +31,8 @@ def test_it_writes_what_the_library_grows(commands, dense, tmp_path):
   options = ScaleOut(source=str(dense))
   without = dataclasses.replace(options, optimizer="reset")
   for output, one, seed, chosen, state in (
-    (grown, found[0], 3, options, "with"),
-    (reset, found[1], 0, without, "without"),
+    (grown, written[0], 3, options, "with"),
+    (reset, written[1], 0, without, "without"),
   ):
     succeeded(one)
     assert one.out.splitlines() == [
@@ -55,7 +56,9 @@ def test_it_writes_what_the_library_grows(commands, dense, tmp_path):
     )
     tiny.assert_same(found, wanted)
     tiny.assert_same(loaded.moments, expected.moments)
-  assert names(tmp_path) == ["grown", "reset"]
+  succeeded(written[2])
+  assert tiny.load(some).config.moe_layers == (1,)
+  assert names(tmp_path) == ["grown", "reset", "some"]
 
 
 def test_there_and_back_again(commands, dense, tmp_path):
@@ -208,6 +211,20 @@ def test_mistakes_are_refused(commands, dense, data, tmp_path):
       "more than there are": (
         ("scale_out", source, output, "--num_experts=2", "--top_k=3"),
         "--top_k=3: need 1 <= top_k <= num_experts=2",
+      ),
+      "a pattern that is none": (
+        ("scale_out", source, output, "--moe_layers=half"),
+        "--moe_layers='half': expected one of all, every_second, last_half, or"
+        " numbers",
+      ),
+      "layers in no order": (
+        ("scale_out", source, output, "--moe_layers=1,0"),
+        "--moe_layers=(1, 0): need layers from 0 in rising order, each once, at"
+        " least one",
+      ),
+      "a layer that is not there": (
+        ("scale_out", source, output, "--moe_layers=1,9"),
+        "--moe_layers=(1, 9): need layers below num_layers=2",
       ),
     }
   )

@@ -162,6 +162,33 @@ def test_typos_cover_every_section():
       "config.stages.dense.train.freeze.layers=[1]: expected 2 values",
     ),
     (
+      "stages.control.model.moe",
+      "layers",
+      "every_other",
+      "config.stages.control.model.moe.layers='every_other': expected one of"
+      " all, every_second, last_half, or numbers",
+    ),
+    (
+      "stages.control.model.moe",
+      "layers",
+      [1, "x"],
+      "config.stages.control.model.moe.layers[1]='x': expected int, got str",
+    ),
+    (
+      "stages.control.model.moe",
+      "layers",
+      [3, 1],
+      "config.stages.control.model.moe: layers=(3, 1): need layers from 0 in"
+      " rising order, each once, at least one",
+    ),
+    (
+      "stages.control.model.moe",
+      "layers",
+      [1, 99],
+      "config.stages.control.model: moe.layers=(1, 99): need layers below"
+      " num_layers=6",
+    ),
+    (
       "stages.dense.train",
       "optimizer",
       {},

@@ -31,6 +31,14 @@ def _model(**fields) -> ModelConfig:
     ({"num_heads": 3}, "num_heads=3 is not a multiple of num_kv_heads=2"),
     ({"head_dim": 5}, "head_dim=5: rotary embeddings need an even width"),
     ({"norm_epsilon": 0.0}, "norm_epsilon=0.0: need > 0"),
+    (
+      {"moe": MoeConfig(layers=(0, 2))},
+      "moe.layers=(0, 2): need layers below num_layers=2",
+    ),
+    (
+      {"num_layers": 1, "moe": MoeConfig(layers="every_second")},
+      "moe.layers='every_second': num_layers=1 has none of these layers",
+    ),
   ],
 )
 def test_model_is_refused(fields, message):
@@ -50,6 +58,15 @@ def test_model_is_refused(fields, message):
     ),
     ({"block_size": 0}, "block_size=0: need >= 1"),
     (
+      {"layers": (1, 0)},
+      "layers=(1, 0): need layers from 0 in rising order, each once, at least"
+      " one",
+    ),
+    (
+      {"layers": ()},
+      "layers=(): need layers from 0 in rising order, each once, at least one",
+    ),
+    (
       {"router_init_std": 0.0},
       "router_init_std=0.0: need > 0, a router of zeros sends every token to"
       " the first experts",
@@ -60,6 +77,24 @@ def test_mixture_is_refused(fields, message):
   with pytest.raises(ValueError) as error:
     MoeConfig(**fields)
   assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+  ("layers", "of_five", "of_two"),
+  [
+    ("all", (0, 1, 2, 3, 4), (0, 1)),
+    ("every_second", (1, 3), (1,)),
+    ("last_half", (2, 3, 4), (1,)),
+    ((0, 1), (0, 1), (0, 1)),
+  ],
+)
+def test_layers_with_experts(layers, of_five, of_two):
+  moe = MoeConfig(layers=layers)
+  for num_layers, expected in ((5, of_five), (2, of_two)):
+    model = _model(num_layers=num_layers, moe=moe)
+    assert model.moe_layers == expected
+    assert model.is_mixed == (len(expected) < num_layers)
+  assert _model().moe_layers == () and not _model().is_mixed
 
 
 def _mask(**fields) -> GrowthMask:
@@ -90,6 +125,17 @@ def test_growth_mask_is_refused(fields, message):
   with pytest.raises(ValueError) as error:
     _model(growth_mask=_mask(**fields))
   assert str(error.value) == message
+
+
+def test_a_growth_mask_leaves_an_old_layer_with_experts():
+  with pytest.raises(ValueError) as error:
+    _model(
+      growth_mask=_mask(new_layers=(1,)), moe=MoeConfig(layers="every_second")
+    )
+  assert str(error.value) == (
+    "growth_mask.new_layers=(1,): need an old layer among those with experts,"
+    " (1,)"
+  )
 
 
 def test_a_growth_mask_comes_back_from_a_header_and_can_be_hashed():

@@ -54,7 +54,10 @@ def in_parts(config, params, *, listed: bool, num_slots: int = 8):
   segments = (jnp.arange(6)[None] >= FIRST[:, None]).astype(jnp.int32)
   cache: Any = decoder_lm.make_cache(config, batch_size=2, num_slots=num_slots)
   if listed:
-    cache, params = decoder_lm.list_cache(cache), decoding.step_params(params)
+    cache, params = (
+      decoder_lm.list_cache(cache),
+      decoding.step_params(params, config),
+    )
     assert decoding.is_listed(params)
   for part in PARTS:
     logits, cache = append(
@@ -137,7 +140,7 @@ def test_a_listed_decoder_answers_as_the_scanned_one(model):
     function = functools.partial(decoder.apply, **options)
     return jax.jit(function)({"params": params}, ROWS, **row)
 
-  listed = decoding.step_params(model.params)
+  listed = decoding.step_params(model.params, config)
   found: Any = apply(listed)
   expected: Any = apply(model.params)
   assert found.cache is None
@@ -149,8 +152,8 @@ def test_a_listed_decoder_answers_as_the_scanned_one(model):
 
 
 def test_listed_parameters_are_views_of_the_stacked_ones():
-  params = text_model(False).params
-  listed = decoding.step_params(params)
+  params, config = text_model(False).params, text_model(False).config
+  listed = decoding.step_params(params, config)
   assert not decoding.is_listed(params) and decoding.is_listed(listed)
   stacked = jax.tree_util.tree_leaves_with_path(params["layers"])
   for i in range(2):
@@ -164,17 +167,44 @@ def test_listed_parameters_are_views_of_the_stacked_ones():
   assert distance == 16 * 24 * 4
 
 
+def test_of_layers_of_two_kinds_each_has_its_own_rows():
+  moe = MoeConfig(num_experts=2, layers=(1,))
+  config = dataclasses.replace(
+    model_config(moe=False), moe=moe, num_layers=3, vocab_size=4
+  )
+  params = jax.tree.map(
+    lambda leaf: jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape),
+    decoder_lm.abstract_params(config),
+  )
+  listed = decoding.step_params(params, config)
+  stack = params["layers"]
+  for layer, part, row in (
+    (0, "dense_mlp", 0),
+    (1, "mlp", 0),
+    (2, "dense_mlp", 1),
+  ):
+    found = listed[f"layer_{layer}"]
+    assert ("mlp" in found) == (part == "mlp")
+    for name in ("gate_kernel", "down_kernel"):
+      np.testing.assert_array_equal(found[part][name], stack[part][name][row])
+    np.testing.assert_array_equal(
+      found["attention"]["out_kernel"], stack["attention"]["out_kernel"][layer]
+    )
+
+
 def test_parameters_on_several_devices_stay_stacked():
-  params = text_model(False).params
+  params, config = text_model(False).params, text_model(False).config
   mesh = jax.make_mesh((8,), ("x",), (jax.sharding.AxisType.Auto,))
   spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   spread_params = jax.device_put(params, spread)
-  assert decoding.step_params(spread_params) is spread_params
+  assert decoding.step_params(spread_params, config) is spread_params
 
 
 @pytest.mark.parametrize("listed", [False, True], ids=["stacked", "listed"])
 def test_a_generation_from_stacked_and_listed_layers_is_the_same(model, listed):
-  params = decoding.step_params(model.params) if listed else model.params
+  params = model.params
+  if listed:
+    params = decoding.step_params(params, model.config)
   options: Any = dict(
     chooser=sampling.make_chooser(
       Sampling(temperature=0.0), batch_size=2, vocab_size=256

@@ -133,6 +133,7 @@ def test_what_is_written_is_read_as_the_same_model(name):
       if family.experts == "mixtral"
       else "softmax_then_topk",
       renormalise=config.moe.gates_sum_to_one,
+      layers=config.moe_layers if config.is_mixed else "all",
     )
     if family.shared_expert and not moe.shared_expert_dim:
       moe = dataclasses.replace(moe, shared_expert_dim=32)
@@ -150,6 +151,7 @@ def test_idle_tensors_fill_what_the_class_has_and_the_model_has_not():
     ones |= {key for key, tensor in idle.items() if tensor.value == 1}
     assert {tensor.value for tensor in idle.values()} <= {0, 1}
   layers = ("model.layers.0.", "model.layers.1.")
+  third = "model.layers.2."
   # N H = 16, K H = 8, D = 8.
   qkv = {"q_proj": (16,), "k_proj": (8,), "v_proj": (8,)}
   shared = {
@@ -175,10 +177,23 @@ def test_idle_tensors_fill_what_the_class_has_and_the_model_has_not():
     "experts, qkv bias": without_shared,
     "experts, gates below one": without_shared | without_qkv,
     "shared expert": without_qkv,
+    # Layers 0 and 2 of 3.
+    "experts in some layers": {
+      f"{layer}self_attn.{name}.bias": shape
+      for layer in (*layers, third)
+      for name, shape in qkv.items()
+    }
+    | {
+      f"{layer}mlp.{name}": shape
+      for layer in (layers[0], third)
+      for name, shape in shared.items()
+    },
     "experts, qk_norm, out bias": without_qkv,
   }
   # Elsewhere 0 / 0: llama.cpp has the sigmoid of it as silu(x) / x.
-  assert ones == {f"{layer}mlp.shared_expert_gate.weight" for layer in layers}
+  assert ones == {
+    f"{layer}mlp.shared_expert_gate.weight" for layer in (*layers, third)
+  }
 
 
 ROPE: dict[str, tuple[dict[str, Any], Any]] = {
@@ -365,12 +380,19 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
   "layers without experts": (
     "qwen3_moe",
     dict(mlp_only_layers=[0]),
-    "mlp_only_layers=[0]: expected []; here all layers have experts or none",
+    "intermediate_size=24: expected 8, the moe_intermediate_size; here layers"
+    " without experts are as wide as one expert",
   ),
-  "every other layer without experts": (
+  "no layer with experts": (
     "qwen2_moe",
-    dict(decoder_sparse_step=2),
-    "decoder_sparse_step=2: expected 1; here all layers have experts or none",
+    dict(decoder_sparse_step=2, mlp_only_layers=[1]),
+    "mlp_only_layers=[1], decoder_sparse_step=2: none of 2 layers has experts;"
+    " expected some",
+  ),
+  "no step": (
+    "qwen2_moe",
+    dict(decoder_sparse_step=0),
+    "decoder_sparse_step=0: expected at least 1",
   ),
   "another type": (
     "llama",
@@ -399,6 +421,29 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "rms_norm_eps=nan: expected a finite number",
   ),
 }
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize(
+  ("fields", "layers"),
+  [
+    ({}, "all"),
+    (dict(decoder_sparse_step=2), (1, 3, 5)),
+    (dict(decoder_sparse_step=3), (2, 5)),
+    (dict(mlp_only_layers=[0, 4]), (1, 2, 3, 5)),
+    (dict(decoder_sparse_step=2, mlp_only_layers=[1, 2]), (3, 5)),
+  ],
+  ids=str,
+)
+def test_layers_with_experts_are_read_and_written(model_type, fields, layers):
+  sizes = dict(num_hidden_layers=6, intermediate_size=8)
+  config = _read(model_type, **sizes, **fields)
+  assert config.moe is not None and config.moe.layers == layers
+  family, written = families.write_config(config)
+  assert family.model_type == model_type
+  assert written["decoder_sparse_step"] == 1
+  dense = sorted(set(range(6)) - set(config.moe_layers))
+  assert written["mlp_only_layers"] == dense
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -440,7 +485,8 @@ def test_one_error_names_everything():
     "  rope_scaling: factor=True: expected float",
     "  rope_scaling: high_freq_factor is missing",
     "  vocab_size is missing",
-    "  mlp_only_layers=[1]: expected []; here all layers have experts or none",
+    "  intermediate_size=24: expected 8, the moe_intermediate_size; here layers"
+    " without experts are as wide as one expert",
     "  num_local_experts is missing",
   ]
 

@@ -104,6 +104,14 @@ KINDS: dict[str, tuple[ModelConfig, str]] = {
     "Qwen2MoeForCausalLM",
   ),
   "shared expert": (_mixture(shared_expert_dim=5), "Qwen2MoeForCausalLM"),
+  "experts in some layers": (
+    _mixture(_dense(num_layers=3), layers=(0, 2)),
+    "Qwen2MoeForCausalLM",
+  ),
+  "experts in some layers, qk_norm": (
+    _mixture(_dense(qk_norm=True), layers="every_second"),
+    "Qwen3MoeForCausalLM",
+  ),
   "experts, qk_norm": (
     _mixture(_dense(qk_norm=True), **SOFTMAX_FIRST),
     "Qwen3MoeForCausalLM",

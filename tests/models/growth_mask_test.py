@@ -199,7 +199,7 @@ def test_every_way_through_the_layers_is_masked_alike():
   tree = _grown(small)
   (_, logits), gradient = _loss_and_gradient(_large(small))(tree, 0.3)
   cache = decoder_lm.make_cache(config, batch_size=2, num_slots=9)
-  listed = decoder_lm.list_layers(tree)
+  listed = decoder_lm.list_layers(tree, config)
   for found in (
     jax.jit(functools.partial(_apply, config))(tree, cache=cache),
     jax.jit(functools.partial(_apply, config, listed=True))(

@@ -124,6 +124,21 @@ _CASES = [
     "no bias, softmax then top-k, renormalised",
     with_moe(_NO_BIAS, **_LATE),
   ),
+  (
+    "Qwen2MoeForCausalLM",
+    "no bias, top-k then softmax, experts in every second layer",
+    with_moe(_NO_BIAS, layers="every_second"),
+  ),
+  (
+    "Qwen2MoeForCausalLM",
+    "QKV bias, shared expert, experts in layers 0 and 2",
+    with_moe(shared_expert_dim=20, layers=(0, 2)),
+  ),
+  (
+    "Qwen3MoeForCausalLM",
+    "qk_norm, top-k then softmax, experts in the last half",
+    with_moe(_QK_NORM, layers="last_half"),
+  ),
   ("Qwen3MoeForCausalLM", "qk_norm, top-k then softmax", with_moe(_QK_NORM)),
   (
     "Qwen3MoeForCausalLM",

@@ -66,6 +66,8 @@ _MOE_OPTIONS = [
   ("Mixtral", dict(rope_parameters=_LLAMA3) | _heads(6)),
   ("Qwen2Moe", dict(qkv_bias=False, norm_topk_prob=True) | _TIED),
   ("Qwen2Moe", _windowed(9) | _heads(6)),
+  ("Qwen2Moe", dict(decoder_sparse_step=2, intermediate_size=24)),
+  ("Qwen3Moe", dict(mlp_only_layers=[0], intermediate_size=24)),
   ("Qwen3Moe", dict(head_dim=16, attention_bias=True) | _windowed(9)),
   ("Qwen3Moe", dict(rope_parameters=_LLAMA3, norm_topk_prob=True) | _TIED),
 ]

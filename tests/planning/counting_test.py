@@ -63,6 +63,25 @@ def test_token_meets_top_k_of_the_experts_and_the_whole_router():
   )
 
 
+def test_layers_without_experts_have_an_ffn_that_every_token_meets():
+  moe = MoeConfig(num_experts=4, top_k=2, layers=(0, 2))
+  mixed = counting.count(dataclasses.replace(DENSE, moe=moe))
+  # Of 3 layers two with 4 experts of 3 * 8 * 12 = 288, of which 2 are met.
+  assert mixed.parts["experts"] == PartCount(
+    parameters=2 * 4 * 288, active=2 * 2 * 288, forward_flops=2 * 2 * 2 * 288
+  )
+  assert mixed.parts["ffn"] == PartCount(
+    parameters=288, active=288, forward_flops=2 * 288
+  )
+  assert mixed.parts["router"].parameters == 2 * 32
+  dense = counting.count(DENSE)
+  for part in ("attention", "attention scores", "norms", "lm_head"):
+    assert mixed.parts[part] == dense.parts[part]
+  rest = dense.total.parameters - 3 * 288
+  assert mixed.total.parameters == rest + (2 * 4 + 1) * 288 + 2 * 32
+  assert mixed.total.active == rest + (2 * 2 + 1) * 288 + 2 * 32
+
+
 def test_shared_expert_is_met_by_every_token():
   moe = MoeConfig(num_experts=4, top_k=2, shared_expert_dim=10)
   parts = counting.count(dataclasses.replace(DENSE, moe=moe)).parts

@@ -72,6 +72,16 @@ def test_leaves_lie_where_the_table_says():
   assert specs["final_norm"]["scale"] == P("fsdp")
 
 
+def test_leaves_that_some_layers_have_lie_as_those_of_all():
+  moe = MoeConfig(num_experts=4, top_k=2, block_size=8, layers=(1,))
+  mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+  specs = jax.tree.map(lambda s: s.spec, _shardings(_config(moe=moe), mesh))
+  layers = specs["layers"]
+  assert layers["mlp"]["down_kernel"] == P(None, "expert", "tensor", "fsdp")
+  assert layers["dense_mlp"]["down_kernel"] == P(None, "tensor", "fsdp")
+  assert layers["dense_mlp"]["up_kernel"] == P(None, "fsdp", "tensor")
+
+
 def test_leaves_of_options_lie_where_the_table_says():
   mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
   specs = jax.tree.map(lambda s: s.spec, _shardings(SHARED, mesh))

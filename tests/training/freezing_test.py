@@ -52,6 +52,28 @@ def test_layers_freeze_a_range_of_the_stack():
   assert masks["table"] is None
 
 
+def test_layers_of_a_leaf_that_some_have_are_those_of_the_model():
+  axes = (neither("layer"), reads("embed"))
+  leaves = {"every": LeafAxes(axes), "some": LeafAxes(axes, layers=(1, 2, 5))}
+  shapes = {
+    "every": jax.ShapeDtypeStruct((6, 4), jnp.float32),
+    "some": jax.ShapeDtypeStruct((3, 4), jnp.float32),
+  }
+  for config, new, rows in (
+    (FreezeConfig(layers=(0, 2)), None, [False, True, True]),
+    (FreezeConfig(layers=(2, 6)), None, [True, False, False]),
+    (FreezeConfig(new_only=True), {"layer": [(2, 4)]}, [False, True, False]),
+  ):
+    masks = trainable_masks(config, axes=leaves, shapes=shapes, new_indices=new)
+    assert masks["some"].array()[:, 0].tolist() == rows
+  masks = trainable_masks(
+    FreezeConfig(layers=(3, 5)), axes=leaves, shapes=shapes
+  )
+  assert masks["some"] is None
+  with pytest.raises(errors.UserError, match="stop <= 6, the layers of"):
+    trainable_masks(FreezeConfig(layers=(0, 7)), axes=leaves, shapes=shapes)
+
+
 def test_new_only_trains_what_is_new_in_any_axis():
   new = {"embed": [(1, 2), (3, 4)], "mlp": [(4, 6)]}
   masks, full = _full(FreezeConfig(new_only=True), new_indices=new)

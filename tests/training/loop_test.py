@@ -16,7 +16,8 @@ from aquila_jax.core.experiment_config import (
   FreezeConfig,
   OptimizerConfig,
 )
-from aquila_jax.core.model_config import GrowthMask
+from aquila_jax.core.model_config import GrowthMask, MoeConfig
+from aquila_jax.core.moments import get_moments
 from aquila_jax.training.interruption import Interrupted
 from aquila_jax.training.loop import train
 from aquila_jax.training.metrics import read_rows
@@ -531,3 +532,42 @@ def test_profile_steps_are_traced(tiny, tmp_path, monkeypatch):
   train(_meddled(job, note))
   # The batch of step s + 1 is read before the step that is counted s from 0.
   assert calls == [1, 2, f"{tmp_path}/profile", 3, "stop", 4, 5, 6]
+
+
+def test_layers_of_two_kinds_freeze_average_and_come_back(tiny, tmp_path):
+  model = tiny.model(
+    num_layers=4,
+    moe=MoeConfig(num_experts=4, block_size=8, layers="every_second"),
+  )
+  config = tiny.config(
+    steps=2,
+    log_every=1,
+    freeze=FreezeConfig(layers=(0, 2)),
+    optimizer=OptimizerConfig(
+      learning_rate=0.01, warmup_steps=1, schedule="constant", ema_decay=0.5
+    ),
+  )
+  job = tiny.job(tmp_path, model=model, config=config)
+  result = train(job)
+  adam, ema = get_moments(result.state.opt_state), result.state.ema
+  assert ema is not None
+  before = tiny.params(model)["layers"]
+  # Of rows for the layers 0 and 2, and 1 and 3, the first are frozen.
+  for part in ("dense_mlp", "mlp"):
+    old = np.asarray(before[part]["up_kernel"])
+    for tree in (result.state.params, ema):
+      new = np.asarray(tree["layers"][part]["up_kernel"])
+      np.testing.assert_array_equal(new[0], old[0])
+      assert np.all(np.any(new[1] != old[1], axis=(-2, -1)))
+    moved = np.asarray(adam.nu["layers"][part]["up_kernel"]) > 0
+    assert not moved[0].any() and moved[1].any()
+  assert result.last_row is not None
+  loads = result.last_row["expert_load"]
+  assert [None if load is None else len(load) for load in loads] == [
+    None,
+    4,
+    None,
+    4,
+  ]
+  again = train(job)  # reads its checkpoint
+  _assert_same_bits(again.state, result.state)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from aquila_jax.core.types import RoutingStats
+from aquila_jax.training.metrics import scalars
 from aquila_jax.training.recorder import Recorder, Window, routing_fields
 from aquila_jax.training.step import StepMetrics
 
@@ -139,7 +140,7 @@ def test_routing_is_reported_a_layer():
     load=jnp.array([[0.25, 0.25, 0.25, 0.25], [0.5, 0.0, 0.5, 0.0]]),
     dropped=jnp.array([0.0, 0.125]),
   )
-  fields = routing_fields(routing)
+  fields = routing_fields(routing, layers=(0, 1))
   assert fields.pop("load_entropy") == pytest.approx([math.log(4), math.log(2)])
   assert fields == {
     "balance_loss": 1.5,
@@ -148,3 +149,19 @@ def test_routing_is_reported_a_layer():
     "load_max_over_mean": [1.0, 2.0],
     "dropped_share": [0.0, 0.125],
   }
+
+
+def test_routing_of_some_layers_is_reported_at_their_numbers():
+  routing = RoutingStats(
+    balance_loss=jnp.array([1.0, 2.0]),
+    z_loss=jnp.array([3.0, 5.0]),
+    load=jnp.array([[0.5, 0.5], [1.0, 0.0]]),
+    dropped=jnp.array([0.0, 0.125]),
+  )
+  fields = routing_fields(routing, layers=(1, 3))
+  assert fields["balance_loss"] == 1.5
+  assert fields["expert_load"] == [None, [0.5, 0.5], None, [1.0, 0.0]]
+  assert fields["load_max_over_mean"] == [None, 1.0, None, 2.0]
+  assert fields["dropped_share"] == [None, 0.0, None, 0.125]
+  names = [name for name, _ in scalars(fields)]
+  assert "expert_load/3/0" in names and "expert_load/0/0" not in names

@@ -104,6 +104,30 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
       **QWEN_MOE,
     ),
   ),
+  # Experts in some layers: every second, and all but the first.
+  "qwen2_moe_mixed": (
+    "Qwen2Moe",
+    dict(
+      num_experts=4,
+      shared_expert_intermediate_size=12,
+      num_hidden_layers=4,
+      intermediate_size=8,
+      decoder_sparse_step=2,
+      **QWEN_MOE,
+    ),
+  ),
+  "qwen3_moe_mixed": (
+    "Qwen3Moe",
+    dict(
+      num_local_experts=4,
+      head_dim=6,
+      norm_topk_prob=True,
+      num_hidden_layers=3,
+      intermediate_size=8,
+      mlp_only_layers=[0],
+      **QWEN_MOE,
+    ),
+  ),
 }
 
 
