@@ -101,6 +101,10 @@ class LeafAxes:
   # axis: the scale of an RMSNorm. What such a scale must be depends on the
   # size of the axis, and a zero in it never trains what it multiplies.
   is_norm_scale: bool = False
+  # Added to scores when experts are chosen, and to nothing else: no loss has a
+  # gradient in it. The training step moves it by a rule of its own, and no
+  # optimizer does.
+  is_selection_bias: bool = False
 
   @property
   def names(self) -> tuple[str, ...]:
@@ -136,6 +140,7 @@ class Declared(nn.meta.AxisMetadata, struct.PyTreeNode):
   value: Any
   axes: tuple[Axis, ...] = struct.field(pytree_node=False)
   is_norm_scale: bool = struct.field(pytree_node=False, default=False)
+  is_selection_bias: bool = struct.field(pytree_node=False, default=False)
 
   def unbox(self) -> Any:
     return self.value
@@ -157,7 +162,11 @@ Initializer = Callable[..., jax.Array]
 
 
 def declare(
-  init: Initializer, axes: Sequence[Axis], *, is_norm_scale: bool = False
+  init: Initializer,
+  axes: Sequence[Axis],
+  *,
+  is_norm_scale: bool = False,
+  is_selection_bias: bool = False,
 ) -> Callable[..., Any]:
   """Wraps an initializer so that the parameter it makes declares `axes`.
 
@@ -165,6 +174,7 @@ def declare(
     init: `init(key, shape, dtype)`, as in `jax.nn.initializers`.
     axes: one `Axis` for every dimension of the shape it will be called with.
     is_norm_scale: see `LeafAxes`.
+    is_selection_bias: see `LeafAxes`.
 
   Returns:
     An initializer for `nn.Module.param`. It makes a `Declared`, which `param`
@@ -186,6 +196,7 @@ def declare(
       value=init(key, shape, dtype),
       axes=tuple(axes),
       is_norm_scale=is_norm_scale,
+      is_selection_bias=is_selection_bias,
     )
 
   return init_declared
@@ -199,7 +210,11 @@ def split_declared(variables: Any) -> tuple[Any, Any]:
   """Splits a tree of `Declared` into plain values and a tree of `LeafAxes`."""
   values = jax.tree.map(lambda box: box.value, variables, is_leaf=_is_declared)
   axes = jax.tree.map(
-    lambda box: LeafAxes(box.axes, is_norm_scale=box.is_norm_scale),
+    lambda box: LeafAxes(
+      box.axes,
+      is_norm_scale=box.is_norm_scale,
+      is_selection_bias=box.is_selection_bias,
+    ),
     variables,
     is_leaf=_is_declared,
   )

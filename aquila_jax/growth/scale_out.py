@@ -202,6 +202,8 @@ def copy_experts(
   source = {path_name(path): leaf for path, leaf in _leaves(tree)}
 
   def fill(path: Any, shape: Any, axes: LeafAxes) -> jax.Array:
+    if axes.is_selection_bias:  # nothing has been chosen yet
+      return jnp.zeros(shape.shape, shape.dtype)
     if axes.has("expert", Role.WRITES):
       return router(shape)
     leaf = source.pop(path_name(path))

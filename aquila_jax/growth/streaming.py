@@ -220,7 +220,7 @@ def _expert_slices(
   moe, axes = target.moe, leaf.spec.axes
   assert moe is not None
   if axes.has("expert", Role.WRITES):
-    if leaf.role in ("mu", "nu"):
+    if leaf.role in ("mu", "nu") or axes.is_selection_bias:
       yield (), lambda: np.zeros(leaf.spec.shape, leaf.spec.dtype)
       return
     # In the dtype of the parameters, also for the average of them.

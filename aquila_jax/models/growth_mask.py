@@ -103,12 +103,14 @@ def weigh_losses(
     layers: the mask; None where no layer is new.
 
   Returns:
-    The statistics; loads and what is dropped are as they were.
+    The statistics; loads and what is only reported are as they were. The
+    balance loss is linear in `probability`, so that it weighs with it.
   """
   if routing is None or layers is None:
     return routing
   weights = layers * layers.size / jnp.sum(layers)
   return routing.replace(
-    balance_loss=routing.balance_loss * weights,
+    probability=routing.probability * weights[:, None],
+    sequence_balance=routing.sequence_balance * weights,
     z_loss=routing.z_loss * weights,
   )

@@ -152,7 +152,7 @@ class Recorder:
     if last.growth_mask is not None:
       row["growth_mask"] = float(last.growth_mask)
     if last.routing is not None:
-      row |= routing_fields(last.routing)
+      row |= routing_fields(last)
     row |= self._rates(step)
     row["epochs"] = dict(epochs)
     self.window = Window()
@@ -190,25 +190,37 @@ def _optimisation(last: StepMetrics) -> Row:
   }
 
 
-def routing_fields(routing: Any) -> Row:
+def routing_fields(last: StepMetrics) -> Row:
   """What a row says of the experts, a layer.
 
   With the load f [L E] (it sums to one a layer): entropy -sum f log f in nats
-  (log E when even, 0 log 0 = 0) and max f / mean f = E max f.
+  (log E when even, 0 log 0 = 0) and max f / mean f = E max f. A router's own
+  entropy and largest gate are means over tokens.
 
   Args:
-    routing: RoutingStats on the host, stacked over layers.
+    last: the metrics of a step on the host, with routing.
 
   Returns:
     Fields of a row; lists are over layers.
   """
+  routing = last.routing
+  assert routing is not None and last.balance is not None
   load = np.asarray(routing.load, np.float64)
   safe = np.where(load > 0, load, 1.0)
-  return {
-    "balance_loss": float(np.mean(routing.balance_loss)),
+  row = {
+    "balance_loss": float(np.mean(last.balance)),
     "router_z_loss": float(np.mean(routing.z_loss)),
     "expert_load": load.tolist(),
     "load_entropy": (-np.sum(safe * np.log(safe), axis=-1) + 0.0).tolist(),
     "load_max_over_mean": (load.max(-1) / load.mean(-1)).tolist(),
-    "dropped_share": np.asarray(routing.dropped, np.float64).tolist(),
+    "dropped_share": _numbers(routing.dropped),
+    "router_entropy": _numbers(routing.entropy),
+    "top_gate": _numbers(routing.top_gate),
   }
+  if last.balance_weights is not None:
+    row["balance_weight"] = _numbers(last.balance_weights)
+  return row
+
+
+def _numbers(values: Any) -> list[float]:
+  return np.asarray(values, np.float64).tolist()

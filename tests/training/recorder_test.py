@@ -134,12 +134,16 @@ def test_rates_are_of_the_window_and_seconds_of_the_stage(monkeypatch):
 
 def test_routing_is_reported_a_layer():
   routing = RoutingStats(
-    balance_loss=jnp.array([1.0, 2.0]),
-    z_loss=jnp.array([3.0, 5.0]),
     load=jnp.array([[0.25, 0.25, 0.25, 0.25], [0.5, 0.0, 0.5, 0.0]]),
+    probability=jnp.full((2, 4), 0.25),
+    sequence_balance=jnp.array([7.0, 7.0]),
+    z_loss=jnp.array([3.0, 5.0]),
+    entropy=jnp.array([0.5, 1.0]),
+    top_gate=jnp.array([0.75, 0.5]),
     dropped=jnp.array([0.0, 0.125]),
   )
-  fields = routing_fields(routing)
+  metrics = _metrics().replace(routing=routing, balance=jnp.array([1.0, 2.0]))
+  fields = routing_fields(metrics)
   assert fields.pop("load_entropy") == pytest.approx([math.log(4), math.log(2)])
   assert fields == {
     "balance_loss": 1.5,
@@ -147,4 +151,8 @@ def test_routing_is_reported_a_layer():
     "expert_load": [[0.25, 0.25, 0.25, 0.25], [0.5, 0.0, 0.5, 0.0]],
     "load_max_over_mean": [1.0, 2.0],
     "dropped_share": [0.0, 0.125],
+    "router_entropy": [0.5, 1.0],
+    "top_gate": [0.75, 0.5],
   }
+  weighed = metrics.replace(balance_weights=jnp.array([0.5, 0.25]))
+  assert routing_fields(weighed)["balance_weight"] == [0.5, 0.25]
