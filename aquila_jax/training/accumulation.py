@@ -8,6 +8,7 @@ FLOPs, less the head's share (planning/counting.py, which counts it).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -24,81 +25,105 @@ from aquila_jax.training import losses
 from aquila_jax.training.balance import BalanceInputs
 from aquila_jax.training.state import widen
 
-# (parameters, batch, step, mask value, balance weights) -> gradients and terms.
-LossGradient = Callable[..., tuple[Params, losses.LossTerms]]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossGradient:
+  """The gradient of a batch's loss, as a pure function."""
+
+  config: TrainConfig  # of the stage; accumulation and loss terms
+  model: ModelConfig
+  num_languages: int  # above every language index of a batch
+  # Of the routers' noise, which is a function of it, of the step, the layer and
+  # the number of the microbatch.
+  seed: int = 0
+
+  def __call__(
+    self,
+    params: Params,
+    batch: Batch,
+    *,
+    step: Int[Array, ""],
+    mask_value: Float[Array, ""] | None = None,
+    balance_weights: Float[Array, "L"] | None = None,
+  ) -> tuple[Params, losses.LossTerms]:
+    """The gradients, at least float32, and the terms of the whole batch.
+
+    Args:
+      params: of the model.
+      batch: the whole of it.
+      step: of the stage.
+      mask_value: of a growth mask.
+      balance_weights: of the balance loss, where they adapt.
+
+    Returns:
+      Gradients and terms.
+    """
+    passes = _Passes(
+      of=self,
+      params=params,
+      totals=losses.batch_totals(batch),
+      step=step,
+      mask_value=mask_value,
+    )
+    balance = BalanceInputs(weights=balance_weights)
+    count = self.config.num_microbatches
+    if count == 1:
+      return passes.gradient(batch, jnp.zeros((), jnp.int32), balance)
+    parts = split(batch, count), jnp.arange(count, dtype=jnp.int32)
+    if self.config.has_load_pass(self.model):
+      balance = balance.replace(total=_summed(passes.load, parts))
+    return _accumulated(passes.gradient, parts, balance=balance)
 
 
-def make_loss_gradient(
-  config: TrainConfig,
-  *,
-  model: ModelConfig,
-  num_languages: int,
-  seed: int = 0,
-) -> LossGradient:
-  """The gradient of a batch's loss, as a pure function.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Passes:
+  """The passes of one step over its microbatches."""
 
-  Args:
-    config: of the stage; accumulation and loss terms.
-    model: the architecture.
-    num_languages: above every language index of a batch.
-    seed: of the routers' noise, which is a function of it, of the step, the
-      layer and the number of the microbatch.
+  of: LossGradient
+  params: Params
+  totals: losses.BatchTotals  # of the whole batch
+  step: Leaf
+  mask_value: Leaf | None
 
-  Returns:
-    A function of parameters, batch and, by name, `step` (int []), `mask_value`
-    (float [] or None) and `balance_weights` (float [L] or None). It gives the
-    gradients, at least float32, and the terms of the whole batch.
-  """
-  decoder = DecoderLM(model)
-  count = config.num_microbatches
-  is_noisy = model.moe is not None and model.moe.is_noisy
+  def forward(self, params: Params, part: Batch, number: Leaf) -> Any:
+    """What the decoder answers, with the noise of training."""
+    moe, rngs = self.of.model.moe, None
+    if moe is not None and moe.is_noisy:
+      rngs = {router.RNG: _noise_key(self.of.seed, self.step, number)}
+    return DecoderLM(self.of.model).apply(
+      {"params": params},
+      part.tokens,
+      positions=part.positions,
+      segments=part.segments,
+      mask_value=self.mask_value,
+      rngs=rngs,
+    )
 
-  def gradient(params, batch, *, step, mask_value=None, balance_weights=None):
-    totals = losses.batch_totals(batch)
+  def load(self, part: Batch, number: Leaf) -> Float[Array, "L E"]:
+    """A microbatch's share of the load; nothing behind the routers counts."""
+    routing = self.forward(self.params, part, number).routing
+    return losses.shared_routing(routing, batch=part, totals=self.totals).load
 
-    def forward(params, part, number) -> Any:
-      rngs = {router.RNG: _noise_key(seed, step, number)} if is_noisy else None
-      return decoder.apply(
-        {"params": params},
-        part.tokens,
-        positions=part.positions,
-        segments=part.segments,
-        mask_value=mask_value,
-        rngs=rngs,
-      )
+  def gradient(
+    self, part: Batch, number: Leaf, balance: BalanceInputs
+  ) -> tuple[Params, losses.LossTerms]:
+    """A microbatch's share of gradients and terms."""
 
-    def loss_fn(params, part, number, balance):
-      out = forward(params, part, number)
+    def loss_fn(params):
+      out = self.forward(params, part, number)
       terms = losses.loss_terms(
         out.logits,
         out.routing,
         batch=part,
-        totals=totals,
-        config=config.loss,
-        num_languages=num_languages,
+        totals=self.totals,
+        config=self.of.config.loss,
+        num_languages=self.of.num_languages,
         balance=balance,
       )
       return terms.total, terms
 
-    def part_gradient(part, number, balance):
-      grads, terms = jax.grad(loss_fn, has_aux=True)(
-        params, part, number, balance
-      )
-      return widen(grads), terms
-
-    def part_load(part, number):
-      routing = forward(params, part, number).routing
-      return losses.shared_routing(routing, batch=part, totals=totals).load
-
-    balance = BalanceInputs(weights=balance_weights)
-    if count == 1:
-      return part_gradient(batch, jnp.zeros((), jnp.int32), balance)
-    parts = split(batch, count), jnp.arange(count, dtype=jnp.int32)
-    if config.has_load_pass(model):
-      balance = balance.replace(total=_summed(part_load, parts))
-    return _accumulated(part_gradient, parts, balance=balance)
-
-  return gradient
+    grads, terms = jax.grad(loss_fn, has_aux=True)(self.params)
+    return widen(grads), terms
 
 
 def _noise_key(

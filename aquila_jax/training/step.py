@@ -18,7 +18,7 @@ from aquila_jax.core.types import Batch, Leaf, Params, RoutingStats, TrainState
 from aquila_jax.models import decoder_lm
 from aquila_jax.sharding.mesh import batch_sharding
 from aquila_jax.training import balance, losses
-from aquila_jax.training.accumulation import make_loss_gradient
+from aquila_jax.training.accumulation import LossGradient
 from aquila_jax.training.freezing import select
 from aquila_jax.training.growth_mask import mask_schedule
 from aquila_jax.training.optimizers import Schedule
@@ -74,8 +74,8 @@ def make_train_step(
   Returns:
     The step.
   """
-  loss_gradient = make_loss_gradient(
-    config, model=model, num_languages=num_languages, seed=seed
+  loss_gradient = LossGradient(
+    config=config, model=model, num_languages=num_languages, seed=seed
   )
   move_bias = _bias_mover(config, model)
   move_weights = _weight_mover(config, model)

@@ -17,7 +17,7 @@ from aquila_jax.models import decoder_lm
 from aquila_jax.sharding.mesh import batch_sharding, make_mesh
 from aquila_jax.sharding.rules import param_shardings
 from aquila_jax.training import accumulation
-from aquila_jax.training.accumulation import make_loss_gradient
+from aquila_jax.training.accumulation import LossGradient
 
 # Every term of the loss, the balance loss large enough to be seen.
 LOSS = LossConfig(balance=1.0, router_z=0.1, lm_z=0.1, lm_max_z=0.1)
@@ -57,7 +57,7 @@ def _batch(tiny):
   )
 
 
-def _gradient(tiny, model, *, count, devices=1, seed=0, **loss):
+def _gradient(tiny, model, *, count, devices=1, **loss):
   """Gradients and terms of step 3, compiled for so many devices."""
   config = tiny.config(
     batch_size=32,
@@ -69,7 +69,7 @@ def _gradient(tiny, model, *, count, devices=1, seed=0, **loss):
   axes = decoder_lm.parameter_axes(model)
   params = jax.device_put(params, param_shardings(axes, params, mesh))
   batch = jax.device_put(_batch(tiny), batch_sharding(mesh))
-  gradient = make_loss_gradient(config, model=model, num_languages=2, seed=seed)
+  gradient = LossGradient(config=config, model=model, num_languages=2)
   return jax.jit(gradient)(params, batch, step=jnp.int32(3))
 
 
