@@ -30,7 +30,9 @@ from absl import app, flags
 
 from aquila_jax.core.model_config import MoeConfig
 from aquila_jax.kernels.expert_ffn import cpu_loop, reference
-from aquila_jax.layers.moe import dispatch, router
+from aquila_jax.layers.moe import dispatch
+from aquila_jax.layers.moe.router import Affinity
+from aquila_jax.layers.moe.selection import choose
 from benchmarks.machine import device
 
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Measurements of everything.", 1)
@@ -109,13 +111,18 @@ def _implementations(work: Workload) -> dict[str, tuple[Callable, Any, Any]]:
     normal(num_experts, width, hidden, std=width**-0.5),
     normal(num_experts, hidden, width, std=hidden**-0.5),
   )
-  routing = router.choose(
-    normal(work.num_tokens, num_experts),
+  logits = normal(work.num_tokens, num_experts)
+  affinity = Affinity(
+    plain=logits,
+    logits=logits,
+    bias=None,
     valid=jnp.ones(work.num_tokens, bool),
-    config=MoeConfig(num_experts=num_experts, top_k=work.top_k),
   )
-  plan = dispatch.Dropless(work.block_size).dispatch(routing)
-  rows = dispatch.gather_rows(tokens, plan)
+  routing = choose(
+    affinity, MoeConfig(num_experts=num_experts, top_k=work.top_k)
+  )
+  plan = dispatch.Dropless(work.block_size).place(routing)
+  rows = plan.gather(tokens)
   blocks = dict(block_expert=plan.block_expert, num_blocks=plan.num_blocks)
   experts = routing.experts.reshape(-1)  # (M, A) -> (R,)
   order = jnp.argsort(experts, stable=True)

@@ -104,6 +104,10 @@ class LeafAxes:
   # Of the model, those whose rows the `layer` axis has, rising. None is all:
   # row i is of layer i.
   layers: tuple[int, ...] | None = None
+  # Added to scores when experts are chosen, and to nothing else: no loss has a
+  # gradient in it. The training step moves it by a rule of its own, and no
+  # optimizer does.
+  is_selection_bias: bool = False
 
   @property
   def names(self) -> tuple[str, ...]:
@@ -151,6 +155,7 @@ class Declared(nn.meta.AxisMetadata, struct.PyTreeNode):
   is_norm_scale: bool = struct.field(pytree_node=False, default=False)
   # See LeafAxes; set by a module that stacks some of the layers.
   layers: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
+  is_selection_bias: bool = struct.field(pytree_node=False, default=False)
 
   def unbox(self) -> Any:
     return self.value
@@ -172,7 +177,11 @@ Initializer = Callable[..., jax.Array]
 
 
 def declare(
-  init: Initializer, axes: Sequence[Axis], *, is_norm_scale: bool = False
+  init: Initializer,
+  axes: Sequence[Axis],
+  *,
+  is_norm_scale: bool = False,
+  is_selection_bias: bool = False,
 ) -> Callable[..., Any]:
   """Wraps an initializer so that the parameter it makes declares `axes`.
 
@@ -180,6 +189,7 @@ def declare(
     init: `init(key, shape, dtype)`, as in `jax.nn.initializers`.
     axes: one `Axis` for every dimension of the shape it will be called with.
     is_norm_scale: see `LeafAxes`.
+    is_selection_bias: see `LeafAxes`.
 
   Returns:
     An initializer for `nn.Module.param`. It makes a `Declared`, which `param`
@@ -201,6 +211,7 @@ def declare(
       value=init(key, shape, dtype),
       axes=tuple(axes),
       is_norm_scale=is_norm_scale,
+      is_selection_bias=is_selection_bias,
     )
 
   return init_declared
@@ -215,7 +226,10 @@ def split_declared(variables: Any) -> tuple[Any, Any]:
   values = jax.tree.map(lambda box: box.value, variables, is_leaf=_is_declared)
   axes = jax.tree.map(
     lambda box: LeafAxes(
-      box.axes, is_norm_scale=box.is_norm_scale, layers=box.layers
+      box.axes,
+      is_norm_scale=box.is_norm_scale,
+      is_selection_bias=box.is_selection_bias,
+      layers=box.layers,
     ),
     variables,
     is_leaf=_is_declared,

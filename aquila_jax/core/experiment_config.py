@@ -288,18 +288,58 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptiveBalance:
+  """A weight of the balance loss for each layer, which follows what it drops.
+
+  Skywork-MoE (arXiv 2406.06563, section 4.2); training/balance.py. It starts at
+  `LossConfig.balance`.
+  """
+
+  # Of a share d of dropped assignments the target is min(sensitivity d,
+  # maximum); after a step the weight is smoothing of itself and the rest of it.
+  sensitivity: float = 0.2
+  maximum: float = 0.01
+  smoothing: float = 0.99
+
+  def __post_init__(self):
+    for name in ("sensitivity", "maximum"):
+      value = getattr(self, name)
+      require(value > 0, f"{name}={value}: need > 0")
+    require(
+      0 <= self.smoothing < 1,
+      f"smoothing={self.smoothing}: need 0 <= smoothing < 1",
+    )
+
+
+BalanceOver = Literal["global", "running", "micro_batch", "sequence"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
   """Weights of the terms beside the cross-entropy (AquilaMoE, section 3)."""
 
   balance: float = 0.001  # Switch load balance, mean over layers
+  # The tokens of which the balance loss takes the load: the whole batch, what
+  # there was of it so far, one microbatch, or one row (training/balance.py).
+  # Under accumulation "global" costs a forward pass more.
+  balance_over: BalanceOver = "global"
+  adaptive_balance: AdaptiveBalance | None = None
+  # What the selection bias of an expert moves by in a step, of a model that has
+  # one (moe.selection_bias).
+  bias_rate: float = 0.001
   router_z: float = 0.01  # ST-MoE router z-loss, mean over layers
   lm_z: float = 0.0  # PaLM: mean logsumexp(LM logits)^2
   lm_max_z: float = 0.0  # Baichuan2: mean max(LM logits)^2
 
   def __post_init__(self):
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      require(value >= 0, f"{field.name}={value}: need >= 0")
+    for name in ("balance", "bias_rate", "router_z", "lm_z", "lm_max_z"):
+      value = getattr(self, name)
+      require(value >= 0, f"{name}={value}: need >= 0")
+
+  @property
+  def balances(self) -> bool:
+    """Whether the balance loss may weigh anything."""
+    return self.balance > 0 or self.adaptive_balance is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -388,6 +428,15 @@ class TrainConfig:
   @property
   def tokens_per_step(self) -> int:
     return self.batch_size * self.sequence_length
+
+  def has_load_pass(self, model: ModelConfig) -> bool:
+    """Whether a step first reads all microbatches for the load alone."""
+    return (
+      model.moe is not None
+      and self.num_microbatches > 1
+      and self.loss.balances
+      and self.loss.balance_over == "global"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from aquila_jax.core.config import require
 
-RouterOrder = Literal["topk_then_softmax", "softmax_then_topk"]
+RouterOrder = Literal["topk_then_softmax", "softmax_then_topk", "sigmoid"]
 LayerPattern = Literal["all", "every_second", "last_half"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 
@@ -61,9 +61,11 @@ RopeScaling = LinearRopeScaling | Llama3RopeScaling
 class MoeConfig:
   """A mixture of experts in place of the dense FFNs of all or some layers.
 
+  docs/routing.md has the formulas.
+
   With `topk_then_softmax` (Mixtral) the A gates sum to one. With
-  `softmax_then_topk` they sum to one only under `renormalise`; sparse
-  upcycling is exact only when they do (efficientscale notes, Scale-Out).
+  `softmax_then_topk` and `sigmoid` they sum to one only under `renormalise`;
+  sparse upcycling is exact only when they do (efficientscale notes, Scale-Out).
   """
 
   num_experts: int = 8
@@ -72,10 +74,31 @@ class MoeConfig:
   # L - 1, or a list in rising order. The others keep a dense FFN, of the same
   # mlp_dim.
   layers: LayerPattern | tuple[int, ...] = "all"
+  # What a gate is made of, and what experts are ranked by.
   router_order: RouterOrder = "topk_then_softmax"
   # Divide the chosen gates by their sum; a no-op for topk_then_softmax.
   renormalise: bool = True
+  # Multiplies every gate, after that.
+  gate_scale: float = 1.0
   router_init_std: float = 0.02
+  # Tokens choose top_k experts, or experts choose so many tokens that top_k is
+  # the mean number of experts a token meets. The latter is not causal.
+  choice: Literal["token", "expert"] = "token"
+  # A bias an expert that is added when tokens choose, not to the gates, and
+  # that training moves against the load (loss.bias_rate).
+  selection_bias: bool = False
+  # A token's logits less their mean, over their deviation, times this; None
+  # leaves them as they are.
+  logit_normalisation: float | None = None
+  # Experts stand in so many groups of neighbours, and those of a token come
+  # from the `top_groups` best of them. Equal numbers are no limit.
+  num_groups: int = 1
+  top_groups: int = 1
+  group_score: Literal["max", "top2_sum"] = "max"
+  # In training only: the router's input times U(1 - e, 1 + e), and Gaussian
+  # noise of this deviation on its logits.
+  input_jitter: float = 0.0
+  logit_noise: float = 0.0
   # None is dropless; otherwise slots an expert = factor * A * M / E, and what
   # does not fit is dropped, counted and reported.
   capacity_factor: float | None = None
@@ -97,15 +120,22 @@ class MoeConfig:
       1 <= self.top_k <= self.num_experts,
       f"top_k={self.top_k}: need 1 <= top_k <= num_experts={self.num_experts}",
     )
+    require(self.gate_scale > 0, f"gate_scale={self.gate_scale}: need > 0")
     require(
       self.capacity_factor is None or self.capacity_factor > 0,
       f"capacity_factor={self.capacity_factor}: need > 0, or None for dropless",
     )
     require(self.block_size >= 1, f"block_size={self.block_size}: need >= 1")
+    self._check_logits()
+    self._check_groups()
+    if not self.is_causal:
+      self._check_expert_choice()
+
+  def _check_logits(self) -> None:
+    scale = self.logit_normalisation
     require(
-      self.router_init_std > 0,
-      f"router_init_std={self.router_init_std}: need > 0, a router of zeros"
-      " sends every token to the first experts",
+      scale is None or scale > 0,
+      f"logit_normalisation={scale}: need > 0, or None",
     )
     if not isinstance(self.layers, str):
       require(
@@ -115,6 +145,75 @@ class MoeConfig:
         f"layers={self.layers}: need layers from 0 in rising order, each once,"
         " at least one",
       )
+    require(
+      0 <= self.input_jitter < 1,
+      f"input_jitter={self.input_jitter}: need 0 <= input_jitter < 1",
+    )
+    require(self.logit_noise >= 0, f"logit_noise={self.logit_noise}: need >= 0")
+    std = self.router_init_std
+    require(std >= 0, f"router_init_std={std}: need >= 0")
+    require(
+      std > 0 or self.logit_noise > 0,
+      f"router_init_std={std}: need > 0 or logit_noise > 0; a router of zeros"
+      " has equal logits, under input_jitter too, and ties send every token to"
+      " the first experts",
+    )
+    require(
+      std > 0 or scale is None,
+      f"router_init_std={std}: need > 0 with logit_normalisation={scale};"
+      " equal logits have no deviation to divide by",
+    )
+
+  def _check_groups(self) -> None:
+    require(
+      self.num_groups >= 1 and self.num_experts % self.num_groups == 0,
+      f"num_groups={self.num_groups}: need a divisor of num_experts="
+      f"{self.num_experts}",
+    )
+    require(
+      1 <= self.top_groups <= self.num_groups,
+      f"top_groups={self.top_groups}: need 1 <= top_groups <= num_groups="
+      f"{self.num_groups}",
+    )
+    size = self.num_experts // self.num_groups
+    require(
+      self.top_groups * size >= self.top_k,
+      f"top_groups={self.top_groups}: so many groups have"
+      f" {self.top_groups * size} experts; need at least top_k={self.top_k}",
+    )
+    require(
+      self.group_score == "max" or size >= 2,
+      f"group_score={self.group_score!r}: need two experts a group;"
+      f" num_groups={self.num_groups} leaves {size}",
+    )
+
+  def _check_expert_choice(self) -> None:
+    require(
+      self.router_order != "topk_then_softmax",
+      f"router_order={self.router_order!r}: need softmax_then_topk or sigmoid"
+      " with choice='expert'; an expert ranks tokens by scores",
+    )
+    for name, needed, why in (
+      ("renormalise", False, "the gates are the scores"),
+      ("selection_bias", False, "all experts have the same load"),
+      ("top_groups", self.num_groups, "tokens choose no groups"),
+      ("capacity_factor", None, "top_k says how many tokens an expert takes"),
+    ):
+      given = getattr(self, name)
+      require(
+        given == needed,
+        f"{name}={given!r}: need {needed!r} with choice='expert'; {why}",
+      )
+
+  @property
+  def is_causal(self) -> bool:
+    """Whether a token's output is the same whatever comes after it."""
+    return self.choice == "token"
+
+  @property
+  def is_noisy(self) -> bool:
+    """Whether training draws random numbers for the routers."""
+    return self.input_jitter > 0 or self.logit_noise > 0
 
   def layers_of(self, num_layers: int) -> tuple[int, ...]:
     """The layers with experts of a model of `num_layers`, in rising order."""
@@ -129,7 +228,8 @@ class MoeConfig:
 
   @property
   def gates_sum_to_one(self) -> bool:
-    return self.renormalise or self.router_order == "topk_then_softmax"
+    summed = self.renormalise or self.router_order == "topk_then_softmax"
+    return summed and self.gate_scale == 1 and self.is_causal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

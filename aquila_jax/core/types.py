@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 # A field of a pytree: an array, or whatever a tree transformation puts in its
@@ -44,13 +45,27 @@ class RoutingStats(struct.PyTreeNode):
   """What one MoE layer, or with a leading axis L a stack, says of its routing.
 
   L counts the layers with experts alone: `ModelConfig.moe_layers` says which
-  layers of the model they are. Padding tokens never count. Float32 throughout.
+  layers of the model they are. Padding tokens never count. At least float32
+  throughout.
   """
 
-  balance_loss: Leaf  # float [*L]; E * sum f_i P_i; 1 when balanced
+  load: Leaf  # float [*L E]; f, the share of the assignments an expert gets
+  probability: Leaf  # float [*L E]; P, the mean probability of an expert
+  sequence_balance: Leaf  # float [*L]; E sum f P of each row, mean over rows
   z_loss: Leaf  # float [*L]; mean logsumexp(router logits)^2
-  load: Leaf  # float [*L E]; share of the assignments an expert gets
+  entropy: Leaf  # float [*L]; mean entropy of a token's probabilities, nats
+  top_gate: Leaf  # float [*L]; mean of a token's largest gate
   dropped: Leaf  # float [*L]; share of the assignments that found no slot
+
+  @property
+  def balance_loss(self) -> jax.Array:
+    """E sum_i f_i P_i of these very tokens, [*L]; 1 when balanced."""
+    return self.balance(self.load)
+
+  def balance(self, load: jax.Array) -> jax.Array:
+    """The same with an f [*L E] from elsewhere; f carries no gradient."""
+    product = jax.lax.stop_gradient(load) * self.probability
+    return load.shape[-1] * jnp.sum(product, axis=-1)
 
 
 class TrainState(struct.PyTreeNode):
@@ -64,3 +79,5 @@ class TrainState(struct.PyTreeNode):
   params: Params
   opt_state: Any
   ema: Params | None = None
+  # float32 [L]; the weight of each layer's balance loss, where it adapts.
+  balance_weights: Leaf | None = None

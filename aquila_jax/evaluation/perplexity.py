@@ -20,6 +20,7 @@ from aquila_jax.data import loader
 from aquila_jax.data.prepared import PreparedData
 from aquila_jax.evaluation.scores import LanguageScore, Scores
 from aquila_jax.generation.decoding import inference_config
+from aquila_jax.models.causality import warn_unless_causal
 from aquila_jax.models.decoder_lm import DecoderLM
 
 
@@ -75,6 +76,7 @@ class Evaluator:
     max_tokens: int = 0,
     sharding: NamedSharding | None = None,
   ):
+    warn_unless_causal(config, what="perplexity")
     self._config = inference_config(config)
     self._split = split
     self._token_bytes = np.asarray(data.token_bytes, np.int64)

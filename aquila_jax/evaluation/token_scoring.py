@@ -39,6 +39,7 @@ from aquila_jax.core.types import Params
 from aquila_jax.generation.decoding import inference_config
 from aquila_jax.layers.attention import KVCache
 from aquila_jax.models import decoder_lm
+from aquila_jax.models.causality import warn_unless_causal
 from aquila_jax.models.decoder_lm import DecoderLM
 
 Ids = Sequence[int]
@@ -185,6 +186,7 @@ class Scorer:
       raise errors.UserError(
         f"max_length={max_length}: need >= 1; 0 is the model's context"
       )
+    warn_unless_causal(config, what="scores of tasks")
     self._config = config
     self._params = params
     self._max_length = max_length or config.context_length

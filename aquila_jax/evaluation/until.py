@@ -23,6 +23,7 @@ from aquila_jax.generation import decoding
 from aquila_jax.generation.decoding import Decoding
 from aquila_jax.generation.sampling import Sampling, make_chooser
 from aquila_jax.models import decoder_lm
+from aquila_jax.models.causality import check_causal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,11 @@ class Continuer:
     Returns:
       Texts, decoded without what stands in front of them and without special
       tokens.
+
+    Raises:
+      errors.UserError: on a model that is not causal.
     """
+    check_causal(self._config)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].tokens))
     texts = [""] * len(prompts)
     done = 0

@@ -25,6 +25,7 @@ from aquila_jax.core.types import Leaf, Params
 from aquila_jax.generation import sampling
 from aquila_jax.layers.attention import KVCache
 from aquila_jax.models import decoder_lm
+from aquila_jax.models.causality import check_causal
 from aquila_jax.models.decoder_lm import DecoderLM, ListedCache
 
 Cache = TypeVar("Cache", bound=KVCache | ListedCache)
@@ -87,7 +88,11 @@ def append(
 
   Returns:
     The logits after the last token, and the grown cache.
+
+  Raises:
+    errors.UserError: on a model that is not causal.
   """
+  check_causal(config)
   listed = isinstance(cache, ListedCache)
   out: Any = DecoderLM(config, listed=listed).apply(
     {"params": params},

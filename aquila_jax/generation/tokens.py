@@ -16,6 +16,7 @@ from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.types import Params
 from aquila_jax.generation import decoding
 from aquila_jax.generation.sampling import Chooser, Sampling, make_chooser
+from aquila_jax.models.causality import check_causal
 
 # Prompts are padded to a power of two from here on, so that prompts of similar
 # lengths share a program; so are the stop tokens.
@@ -99,7 +100,8 @@ def generate_tokens(
 
   Raises:
     errors.UserError: on a prompt of no ids, of ids the model does not have, or
-      that leaves no room in the model's context.
+      that leaves no room in the model's context; on a model whose experts
+      choose tokens.
   """
   rows = _unpadded(prompts, mask)
   if not rows:
@@ -330,6 +332,7 @@ def _unpadded(
 def _check(
   config: ModelConfig, prompts: Sequence[Sequence[int]], *, sampling: Sampling
 ) -> None:
+  check_causal(config)
   size, context = config.vocab_size, config.context_length
   for row, ids in enumerate(prompts):
     if not ids:

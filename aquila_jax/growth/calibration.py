@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from aquila_jax.core import errors
+from aquila_jax.core.axes import Role
 from aquila_jax.core.experiment_config import ScaleOut
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.growth import routers
@@ -104,7 +105,9 @@ def calibrate(
   if not what:
     return Calibration(rows=rows.astype(dtype))
   assert sample is not None
-  measured = _measured(way, source, rows, options, sample=sample, seed=seed)
+  measured = _measured(
+    way, source, target, options, rows=rows, sample=sample, seed=seed
+  )
   return dataclasses.replace(measured, rows=_not_none(measured).astype(dtype))
 
 
@@ -116,9 +119,10 @@ def _not_none(calibration: Calibration) -> np.ndarray:
 def _measured(
   way: Upcycling,
   source: ReadModel,
-  rows: Float[np.ndarray, "L D copies"],
+  target: ModelConfig,
   options: ScaleOut,
   *,
+  rows: Float[np.ndarray, "L D copies"],
   sample: Sample,
   seed: int,
 ) -> Calibration:
@@ -138,8 +142,7 @@ def _measured(
       rows[row] = routers.scaled_rows(means, std=way.moe.router_init_std)
     if way.needs_constant:
       kernel = np.repeat(rows[row], way.shards, axis=-1)
-      routing = routers.route(x, kernel, moe=way.moe)
-      sums = np.asarray(routing.gates, np.float64).sum(-1)
+      sums = routers.gate_sums(x, kernel, config=target)
       constants.append(routers.constant(sums))
 
   if options.router == "domains":
@@ -157,21 +160,23 @@ def _usage(
   way: Merging, source: ReadModel, sample: Sample
 ) -> Float[np.ndarray, "L E"]:
   usage = np.zeros((len(way.layers), way.moe.num_experts))
-  (kernel,) = [
-    name
+  names = {
+    name.rpartition(".")[2]: name
     for name, spec in model_leaves(source.config).items()
-    if spec.axes.has("expert") and spec.axes.names[1:] == ("embed", "expert")
-  ]
+    if spec.axes.has("expert", Role.WRITES)
+  }
 
   def watch(layer: int, inputs: np.ndarray) -> None:
     if layer not in way.layers:
       return
     row = way.layers.index(layer)
-    kernel_of_layer = source.params.read(kernel, index=(row, ...))
-    routing = routers.route(sample.flat(inputs), kernel_of_layer, moe=way.moe)
-    chosen = np.asarray(routing.experts).reshape(-1)
-    counts = np.bincount(chosen, minlength=way.moe.num_experts)
-    usage[row] = counts / counts.sum()
+    router = {
+      last: source.params.read(name, index=(row, ...))
+      for last, name in names.items()
+    }
+    usage[row] = routers.usage(
+      sample.flat(inputs), router, config=source.config
+    )
 
   watch_ffn_inputs(source, _rows_of(sample), watch)
   return usage

@@ -81,7 +81,7 @@ def predict(
   """Whether a merging keeps the function: only of experts that are the same."""
   notes = ["it is exact where all experts of a layer are the same"]
   if not merging.moe.gates_sum_to_one:
-    notes = ["gates do not sum to one, an FFN counts whole"]
+    notes = ["gates do not sum to one, and an FFN counts whole"]
   if source.param_dtype != target.param_dtype:
     notes.append(f"parameters are cast to {target.param_dtype}")
   return Exactness(

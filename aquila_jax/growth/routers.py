@@ -13,7 +13,8 @@ choice nor softmax, and what is left is scaled to the deviation of drawn rows.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,10 @@ from jaxtyping import Float, Int, Shaped
 from scipy.cluster import vq
 
 from aquila_jax.core import errors
-from aquila_jax.core.model_config import MoeConfig
-from aquila_jax.layers.moe import router
+from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.layers.moe.layer import make_choice
+from aquila_jax.layers.moe.router import Affinity, Router
+from aquila_jax.layers.moe.selection import choose
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,15 +80,56 @@ def scaled_rows(
   return rows * (std / size) if size else rows
 
 
-def route(
+def affinity(
+  x: Float[np.ndarray, "M D"],
+  params: Mapping[str, np.ndarray],
+  *,
+  config: ModelConfig,
+) -> Affinity:
+  """What a router says of the tokens of a sample.
+
+  Args:
+    x: what the FFN reads.
+    params: of the router, in one layer.
+    config: of the model that has it.
+
+  Returns:
+    Its logits.
+  """
+  assert config.moe is not None
+  found: Any = Router(config, config.moe).apply(
+    {"params": dict(params)}, jnp.asarray(x), valid=jnp.ones(len(x), bool)
+  )
+  return found
+
+
+def gate_sums(
   x: Float[np.ndarray, "M D"],
   kernel: Float[np.ndarray, "D E"],
   *,
-  moe: MoeConfig,
-) -> router.Routing:
-  """What a router decides for the tokens of a sample."""
-  logits = jnp.asarray(x) @ jnp.asarray(kernel).astype(x.dtype)
-  return router.choose(logits, valid=jnp.ones(len(x), bool), config=moe)
+  config: ModelConfig,
+) -> Float[np.ndarray, "M"]:
+  """What the gates of each token sum to, of a router without a bias yet."""
+  assert config.moe is not None
+  params = {"kernel": kernel}
+  if config.moe.selection_bias:
+    params["selection_bias"] = np.zeros(kernel.shape[1], kernel.dtype)
+  found = choose(affinity(x, params, config=config), config.moe)
+  return np.asarray(found.gates, np.float64).sum(-1)
+
+
+def usage(
+  x: Float[np.ndarray, "M D"],
+  params: Mapping[str, np.ndarray],
+  *,
+  config: ModelConfig,
+) -> Float[np.ndarray, "E"]:
+  """The share of the assignments that each expert gets."""
+  assert config.moe is not None
+  found = affinity(x, params, config=config)
+  met = make_choice(config.moe).dispatch(found).meetings().assigned
+  counts = np.asarray(met, np.float64).sum(0)
+  return counts / counts.sum()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

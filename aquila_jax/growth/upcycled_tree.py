@@ -109,12 +109,16 @@ class UpcycledTree:
   def _router(self, name: str, spec: LeafSpec, index: Index) -> np.ndarray:
     up = self._up
     if up.of_source is not None:
-      same = up.copies * up.shards
+      same = up.together
       value = self._sources[0].read(self._prefix + name, index=index)
       value = np.repeat(value, same, axis=-1)
+      if spec.axes.is_selection_bias:
+        # Of softmax over all experts the scores are smaller by as much.
+        smaller = up.moe.router_order == "softmax_then_topk"
+        return value / same if smaller else value
       # The copies share the gradient of one.
       return value / same ** _POWER.get(self._role, 0)
-    if self._role not in _VALUES or not spec.axes.is_map:
+    if self._role not in _VALUES or spec.axes.is_selection_bias:
       return np.zeros(spec.shape[1:])
     assert self._rows is not None
     return np.repeat(self._rows[index[0]], up.shards, axis=-1)

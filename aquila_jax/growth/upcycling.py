@@ -52,6 +52,8 @@ _FREE_OF_EXPERTS = (
   "router_init_std",
   "capacity_factor",
   "block_size",
+  "input_jitter",
+  "logit_noise",
 )
 
 
@@ -124,13 +126,26 @@ class Upcycling:
     return 1 - self.shared.share
 
   @property
+  def gate_sum(self) -> float | None:
+    """What the gates of every token sum to; None where that is the token's."""
+    moe = self.moe
+    summed = moe.renormalise or moe.router_order == "topk_then_softmax"
+    return moe.gate_scale if summed and moe.is_causal else None
+
+  @property
   def needs_constant(self) -> bool:
     """Whether gates sum to something that has to be measured."""
     return (
       self.of_source is None
-      and not self.moe.gates_sum_to_one
+      and self.gate_sum is None
+      and self.moe.is_causal
       and not self.uniform_gates
     )
+
+  @property
+  def together(self) -> int:
+    """The experts that have one router row, and are met together."""
+    return self.shards * (1 if self.of_source is None else self.copies)
 
   def routed_scale(
     self, constants: Float[np.ndarray, "L"] | None = None
@@ -138,8 +153,12 @@ class Upcycling:
     """What the output of a routed expert is multiplied by, in every layer.
 
     A shard is one of `shards` that a token meets, each with the gate of its
-    copy over `shards`, so it is multiplied by `shards`. Gates that do not sum
-    to one are made up for by a constant: E / A, were all gates 1 / E.
+    copy over `shards`, so it is multiplied by `shards`, and divided by what the
+    gates sum to. Where that is the token's own it is a constant: measured, or
+    A times the gate of even logits, 1 / E of softmax and 1 / 2 of sigmoid.
+
+    A mixture that grows keeps its gates' sum, but for sigmoid as it is: there
+    every copy has the gate of one.
 
     Args:
       constants: of `routers.measured_constants`, where `needs_constant`.
@@ -148,10 +167,15 @@ class Upcycling:
       The factor of each layer that has experts.
     """
     scale = np.full(len(self.layers), self.routed_share * self.shards)
-    if self.of_source is not None or self.moe.gates_sum_to_one:
-      return scale
-    if self.uniform_gates:
-      return scale * (self.moe.num_experts / self.moe.top_k)
+    is_sigmoid = self.moe.router_order == "sigmoid"
+    if self.of_source is not None:
+      alone = is_sigmoid and self.gate_sum is None
+      return scale / self.together if alone else scale
+    if self.gate_sum is not None:
+      return scale / self.gate_sum
+    if not self.needs_constant:
+      even = 1 / 2 if is_sigmoid else 1 / self.moe.num_experts
+      return scale / (self.moe.top_k * even * self.moe.gate_scale)
     assert constants is not None
     return scale * constants
 
@@ -225,6 +249,11 @@ def make_upcycling(
     )
   if source.moe is not None:
     _check_experts(source, target, options, path=path)
+  if options.router != "normal" and not moe.router_init_std:
+    raise errors.UserError(
+      f"{path}.moe.router_init_std=0: expected more, the size that rows have"
+      f" with {option(path, 'router')}={options.router!r}"
+    )
   if target.is_mixed and target.mlp_dim != source.mlp_dim:
     raise errors.UserError(
       f"{path}.mlp_dim={target.mlp_dim}: expected {source.mlp_dim}; with"

@@ -38,6 +38,10 @@ def predict(
   rounds = not all(map(_rounds_nothing, _scales(upcycling)))
   if target.param_dtype == "bfloat16" and rounds:
     notes.append("kernels that are multiplied are rounded to bfloat16")
+  if upcycling.moe.is_noisy and upcycling.together > 1:
+    notes.append(
+      "in training the router's noise tells apart what is met together"
+    )
   if source.param_dtype != target.param_dtype:
     notes.append(f"parameters are cast to {target.param_dtype}")
   return Exactness(
@@ -56,11 +60,11 @@ def _rounds_nothing(scale: float) -> bool:
 
 
 def _routing_reasons(up: Upcycling) -> list[str]:
-  moe, reasons = up.moe, []
-  # The experts that stand for one expert, or one FFN, of the source.
-  together = up.shards
+  moe = up.moe
+  if not moe.is_causal:
+    return ["experts choose tokens, so that a token meets few or many of them"]
+  reasons, together = [], up.together
   if up.of_source is not None:
-    together *= up.copies
     needed = together * up.of_source.top_k
     if moe.top_k != needed:
       reasons.append(
@@ -72,6 +76,17 @@ def _routing_reasons(up: Upcycling) -> list[str]:
       f"top_k={moe.top_k} is no multiple of the {together} shards of a copy, of"
       " which some are left out"
     )
+  limited = moe.top_groups < moe.num_groups
+  if limited and (moe.num_experts // moe.num_groups) % together:
+    reasons.append(
+      f"num_groups={moe.num_groups} cut through the {together} experts that are"
+      " to be met together"
+    )
+  if limited and up.of_source is not None and moe.group_score == "top2_sum":
+    reasons.append(
+      "group_score='top2_sum' counts the two best of a group, which are copies"
+      " of one"
+    )
   capacity = moe.capacity_factor
   if capacity is not None and capacity * moe.top_k < moe.num_experts:
     reasons.append(
@@ -82,7 +97,8 @@ def _routing_reasons(up: Upcycling) -> list[str]:
 
 
 def _gate_reasons(up: Upcycling) -> list[str]:
-  if up.of_source is not None or up.moe.gates_sum_to_one:
+  moe = up.moe
+  if up.of_source is not None or up.gate_sum is not None or not moe.is_causal:
     return []
   return [
     "gates sum to something else for every token (no renormalise), and no"

@@ -343,6 +343,7 @@ def _choose(config: ModelConfig) -> Family:
       return FAMILIES["qwen2"]
     is_llama = config.sliding_window is None and divides
     return FAMILIES["llama" if is_llama else "mistral"]
+  _check_router(moe)
   if moe.shared_expert_dim and not moe.shared_expert_gate:
     raise errors.UserError(
       "model.moe.shared_expert_gate=False: no stock class of transformers has"
@@ -368,6 +369,31 @@ def _choose(config: ModelConfig) -> Family:
   ):
     return FAMILIES["qwen2_moe"]
   return FAMILIES["mixtral"]
+
+
+def _check_router(moe: MoeConfig) -> None:
+  """Refuses what no router of the stock classes computes.
+
+  Jitter and noise are training's, and a capacity never is of inference.
+  """
+  for name, needed in (
+    ("gate_scale", 1.0),
+    ("choice", "token"),
+    ("selection_bias", False),
+    ("logit_normalisation", None),
+    ("top_groups", moe.num_groups),
+  ):
+    given = getattr(moe, name)
+    if given != needed:
+      raise errors.UserError(
+        f"model.moe.{name}={given!r}: no stock class of transformers has it"
+        f" beside this attention; expected {needed!r}"
+      )
+  if moe.router_order == "sigmoid":
+    raise errors.UserError(
+      "model.moe.router_order='sigmoid': no stock class of transformers has it"
+      " beside this attention; expected topk_then_softmax or softmax_then_topk"
+    )
 
 
 def _without_window(family: Family, config: ModelConfig) -> Family:

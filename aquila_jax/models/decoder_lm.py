@@ -27,6 +27,7 @@ from aquila_jax.core.types import Leaf, Params, RoutingStats
 from aquila_jax.layers.attention import Attention, KVCache
 from aquila_jax.layers.embedding import Embedding, LMHead
 from aquila_jax.layers.feed_forward import FeedForward
+from aquila_jax.layers.moe import router
 from aquila_jax.layers.moe.layer import MoeFeedForward
 from aquila_jax.layers.norm import RMSNorm
 from aquila_jax.models import growth_mask, layer_runs
@@ -202,7 +203,7 @@ class DecoderLM(nn.Module):
       self._block(),
       # The outputs of the layers, where `apply` is asked to capture them.
       variable_axes={"params": 0, "intermediates": 0},
-      split_rngs={"params": True},
+      split_rngs={"params": True, router.RNG: True},
       # Flax declares no type; pyright takes that of the default, an int.
       in_axes=(0, nn.broadcast, nn.broadcast, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
       out_axes=0,

@@ -104,13 +104,15 @@ def weigh_losses(
     masks: of the model.
 
   Returns:
-    The statistics; loads and what is dropped are as they were.
+    The statistics; loads and what is only reported are as they were. The
+    balance loss is linear in `probability`, so that it weighs with it.
   """
   if routing is None or masks.layers is None:
     return routing
   layers = masks.layers[np.asarray(config.moe_layers)]
   weights = layers * layers.size / jnp.sum(layers)
   return routing.replace(
-    balance_loss=routing.balance_loss * weights,
+    probability=routing.probability * weights[:, None],
+    sequence_balance=routing.sequence_balance * weights,
     z_loss=routing.z_loss * weights,
   )

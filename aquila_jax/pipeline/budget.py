@@ -15,11 +15,19 @@ from aquila_jax.pipeline.learned_growth import operator_training, planned_flops
 from aquila_jax.planning import counting
 
 
-def step_flops(stage: StageConfig) -> float:
-  """Training FLOPs of one step of a stage, forward and backward."""
+def token_flops(stage: StageConfig) -> float:
+  """Training FLOPs of one token of a stage: all that a step computes for it."""
   train = stage.train
-  a_token = counting.train_flops_per_token(stage.model, train.sequence_length)
-  return train.tokens_per_step * a_token
+  return counting.train_flops_per_token(
+    stage.model,
+    train.sequence_length,
+    has_load_pass=train.has_load_pass(stage.model),
+  )
+
+
+def step_flops(stage: StageConfig) -> float:
+  """Training FLOPs of one step of a stage."""
+  return stage.train.tokens_per_step * token_flops(stage)
 
 
 def total_steps(experiment: ExperimentConfig, name: str) -> int:

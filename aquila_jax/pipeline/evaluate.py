@@ -12,6 +12,7 @@ from aquila_jax.evaluation.scores import Scores
 from aquila_jax.generation.generate import generate, text_model
 from aquila_jax.generation.sampling import Sampling
 from aquila_jax.models import decoder_lm
+from aquila_jax.models.causality import NOT_CAUSAL, is_causal
 from aquila_jax.pipeline import records
 from aquila_jax.pipeline.context import Context
 
@@ -48,13 +49,17 @@ def evaluate_stage(context: Context, name: str, directory: epath.Path) -> None:
     top_p=config.top_p,
     seed=context.experiment.seed,
   )
-  texts = generate(text_model(stored), config.prompts, sampling=sampling)
+  prompts = config.prompts
+  if prompts and not is_causal(stored.config):
+    context.say(f"{name}: no samples; {NOT_CAUSAL}")
+    prompts = ()
+  texts = generate(text_model(stored), prompts, sampling=sampling)
   record = {
     "asked": asked,
     "scores": scores.to_json(),
     "samples": [
       {"prompt": prompt, "text": found.text}
-      for prompt, found in zip(config.prompts, texts, strict=True)
+      for prompt, found in zip(prompts, texts, strict=True)
     ],
   }
   records.write(directory / "evaluation.json", record)

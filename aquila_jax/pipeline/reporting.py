@@ -91,9 +91,7 @@ def _stage_result(
     is_control=bool(stage.train.match_flops),
     parameters=total.parameters,
     active_parameters=total.active,
-    flops_per_token=counting.train_flops_per_token(
-      stage.model, stage.train.sequence_length
-    ),
+    flops_per_token=budget.token_flops(stage),
     rows=_rows(directory / "metrics.jsonl"),
     validation=_rows(directory / "validation.jsonl"),
     flops_before=Lineage.from_json(opening.lineage).flops,

@@ -32,6 +32,7 @@ from aquila_jax.evaluation.perplexity import Evaluator
 from aquila_jax.evaluation.results import METHOD_NAMES
 from aquila_jax.growth.exactness import Exactness
 from aquila_jax.models import decoder_lm
+from aquila_jax.models.causality import NOT_CAUSAL, is_causal
 from aquila_jax.pipeline import budget, records
 from aquila_jax.pipeline.initial import Start
 from aquila_jax.planning import counting
@@ -233,6 +234,8 @@ def _announcement(
       )
     lines.append(moments)
     lines += _schedule_in_words(start, model, steps)
+  if not is_causal(model.config):
+    lines.append(f"warning: {NOT_CAUSAL}; losses and scores know the future")
   mask = model.config.growth_mask
   if mask is not None:
     after = trained(model.config, stage.train, steps=steps, path="").growth_mask
@@ -294,9 +297,8 @@ def _job(
     input=prepared_input(context.data, train=stage.train, seed=seed),
     data_state=context.data_state(lineage, name=start.name),
     initial=initial.take,
-    flops_per_token=counting.train_flops_per_token(
-      stage.model, stage.train.sequence_length
-    ),
+    flops_per_token=budget.token_flops(stage),
+    seed=opening.config["seed"],
     new_indices=lineage.new_indices,
     copies=lineage.copies,
     trained_steps=lineage.trained_steps,

@@ -9,6 +9,8 @@ a full row of T tokens (PaLM, arXiv 2204.02311, appendix B):
   forward = 2 * (elements of every matrix that a token meets)
             + 4 * L * N * H * T        (q k^T and its product with v)
   training = 3 * forward               (the backward pass is two forwards)
+             + forward - LM head       (the load of a global balance loss under
+                                        accumulation, training/accumulation.py)
 
 A token meets A of E experts. The embedding is looked up, not multiplied; a tied
 table counts once, as the head. Attention is counted over all T keys although
@@ -106,9 +108,26 @@ def count(
   return ModelCount(parts=present, sequence_length=sequence_length)
 
 
-def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-  """Forward and backward FLOPs of one token in rows of `sequence_length`."""
-  return float(count(config, sequence_length=sequence_length).train_flops)
+def train_flops_per_token(
+  config: ModelConfig, sequence_length: int, *, has_load_pass: bool = False
+) -> float:
+  """Forward and backward FLOPs of one token in rows of `sequence_length`.
+
+  Args:
+    config: the architecture.
+    sequence_length: T.
+    has_load_pass: of `TrainConfig.has_load_pass`; one forward pass more, which
+      stops before the LM head.
+
+  Returns:
+    FLOPs of a training step over its tokens.
+  """
+  counted = count(config, sequence_length=sequence_length)
+  flops = counted.train_flops
+  if has_load_pass:
+    head = counted.parts["lm_head"].forward_flops
+    flops += counted.total.forward_flops - head
+  return float(flops)
 
 
 def format_count(counted: ModelCount) -> str:

@@ -2,7 +2,8 @@
 
   checkpoints/
     STEP/
-      state/     step, params, moments, ema: Orbax, one zarr3 directory a leaf
+      state/     step, params, moments, ema, balance_weights: Orbax, one zarr3
+                 directory a leaf
       progress/  position in the data, training seconds, sums of the open row
       config/    the resolved config of the stage
       metrics/   the validation loss, where there was a validation
@@ -36,7 +37,29 @@ _TEMPORARY = ".orbax-checkpoint-tmp"
 # not change a single bit of the parameters.
 _HARMLESS = ("log_every", "checkpoint", "evaluate_every", "evaluate_tokens")
 # And the fields that came later, as what was saved without them had them.
-_BEFORE = {"mask_steps": 0}
+_BEFORE: dict[str, Any] = {
+  "train": {
+    "mask_steps": 0,
+    "loss": {
+      "balance_over": "micro_batch",
+      "adaptive_balance": None,
+      "bias_rate": 0.001,
+    },
+  },
+  "model": {
+    "moe": {
+      "gate_scale": 1.0,
+      "choice": "token",
+      "selection_bias": False,
+      "logit_normalisation": None,
+      "num_groups": 1,
+      "top_groups": 1,
+      "group_score": "max",
+      "input_jitter": 0.0,
+      "logit_noise": 0.0,
+    }
+  },
+}
 
 JsonDict = dict[str, Any]
 
@@ -242,6 +265,8 @@ def _to_tree(state: TrainState) -> dict[str, Any]:
   }
   if state.ema is not None:
     tree["ema"] = state.ema
+  if state.balance_weights is not None:
+    tree["balance_weights"] = state.balance_weights
   assert len(jax.tree.leaves(tree)) == len(jax.tree.leaves(state))
   return tree
 
@@ -252,9 +277,27 @@ def _from_tree(tree: Mapping[str, Any], *, like: TrainState) -> TrainState:
     params=tree["params"],
     opt_state=set_moments(like.opt_state, AdamMoments(**tree["moments"])),
     ema=tree.get("ema"),
+    balance_weights=tree.get("balance_weights"),
   )
 
 
 def _compared(saved: JsonDict) -> JsonDict:
-  train = {k: v for k, v in saved["train"].items() if k not in _HARMLESS}
-  return {**saved, "train": _BEFORE | train}
+  config = _filled(saved, _BEFORE)
+  train = {k: v for k, v in config["train"].items() if k not in _HARMLESS}
+  loss = train.get("loss", {})
+  is_whole = train.get("num_microbatches") == 1
+  if is_whole and loss.get("balance_over") == "micro_batch":
+    # One microbatch is the whole batch.
+    train["loss"] = loss | {"balance_over": "global"}
+  return config | {"train": train}
+
+
+def _filled(tree: JsonDict, defaults: JsonDict) -> JsonDict:
+  """`tree` with the defaults that it lacks, in the sections that it has."""
+  found = dict(tree)
+  for key, value in defaults.items():
+    if not isinstance(value, dict):
+      found.setdefault(key, value)
+    elif isinstance(found.get(key), dict):
+      found[key] = _filled(found[key], value)
+  return found

@@ -24,9 +24,11 @@ from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.types import Batch, Params, TrainState
 from aquila_jax.data.loader import DataState
 from aquila_jax.models import decoder_lm
+from aquila_jax.models.causality import warn_unless_causal
 from aquila_jax.training import inputs
 from aquila_jax.training import state as state_lib
 from aquila_jax.training import step as step_lib
+from aquila_jax.training.balance import initial_weights
 from aquila_jax.training.checkpointing import Checkpoints, saved_config
 from aquila_jax.training.compilation import compile_step
 from aquila_jax.training.freezing import NewIndices, trainable_masks
@@ -56,7 +58,9 @@ class TrainJob:
   # Where the data starts, and the weights; unused when the run is resumed.
   data_state: DataState
   initial: Callable[[], InitialModel]
-  flops_per_token: float  # forward and backward
+  # Forward and backward, and a first pass for the load where there is one.
+  flops_per_token: float
+  seed: int = 0  # of the routers' noise
   # What the last growth of the model added, for freeze.new_only.
   new_indices: NewIndices | None = None
   # The model's past, of its lineage: the copies of its growth, for growth_lr,
@@ -197,6 +201,7 @@ def _build(job: TrainJob) -> _Program:
   shapes = decoder_lm.abstract_params(job.model)
   batch = step_lib.abstract_batch(config, mesh=job.mesh)
   inputs.check_batch_divides(config, like=batch, path=path)
+  warn_unless_causal(job.model, what=f"training of {job.stage}")
   mask_schedule(config, job.model.growth_mask, path=path)
   masks = trainable_masks(
     config.freeze,
@@ -214,6 +219,7 @@ def _build(job: TrainJob) -> _Program:
     axes=axes,
     mesh=job.mesh,
     keep_ema=config.optimizer.ema_decay is not None,
+    balance_weights=initial_weights(config.loss, job.model),
   )
   train_step = step_lib.make_train_step(
     config,
@@ -227,6 +233,7 @@ def _build(job: TrainJob) -> _Program:
     ),
     masks=masks,
     num_languages=len(job.input.languages),
+    seed=job.seed,
   )
   jitted = step_lib.jit_train_step(
     train_step, state=state, batch=batch, mesh=job.mesh
@@ -250,7 +257,10 @@ def _start(job: TrainJob, program: _Program, *, saved: Checkpoints) -> _Run:
   else:
     step = 0
     state = state_lib.place_initial(
-      job.initial(), optimizer=program.optimizer, like=program.state
+      job.initial(),
+      optimizer=program.optimizer,
+      like=program.state,
+      balance_weights=initial_weights(job.train.loss, job.model),
     )
     progress = {
       "data_state": job.data_state.to_json(),

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from aquila_jax.core import dtypes
 from aquila_jax.core.experiment_config import LossConfig
 from aquila_jax.core.types import Batch, Leaf, RoutingStats
+from aquila_jax.training.balance import BalanceInputs, make_rule
 
 
 class BatchTotals(struct.PyTreeNode):
@@ -34,6 +35,7 @@ class LossTerms(struct.PyTreeNode):
   language_nats: Leaf  # float [languages]; weighted sum, not a mean
   language_weight: Leaf  # float [languages]
   routing: RoutingStats | None  # stacked over MoE layers; None when dense
+  balance: Leaf | None = None  # float [L]; the balance loss; None when dense
 
 
 def batch_totals(batch: Batch) -> BatchTotals:
@@ -57,6 +59,7 @@ def loss_terms(
   totals: BatchTotals,
   config: LossConfig,
   num_languages: int,
+  balance: BalanceInputs | None = None,
 ) -> LossTerms:
   """The terms of one microbatch.
 
@@ -65,12 +68,12 @@ def loss_terms(
     cross_entropy = sum w (z - logits[target]) / W
     lm_z = sum w z^2 / W          (PaLM, arXiv 2204.02311, section 5)
     lm_max_z = sum w max(logits)^2 / W  (Baichuan 2, arXiv 2309.10305)
-    total = cross_entropy + mean over MoE layers of (balance * balance_loss +
+    total = cross_entropy + mean over MoE layers of (balance * balance loss +
       router_z * z_loss) + lm_z and lm_max_z times their weights
 
   The routing of a microbatch counts by its share of the batch's tokens. For the
-  z-loss, the load and what is dropped that is exact; the balance loss is a
-  product of two means and becomes the mean of the microbatches' own.
+  z-loss, the load and all other means that is exact; the balance loss is a
+  product of two means: training/balance.py.
 
   Args:
     logits: of the microbatch, at least float32.
@@ -79,6 +82,7 @@ def loss_terms(
     totals: of the whole batch.
     config: the weights of the terms.
     num_languages: I, above every language index of the batch.
+    balance: what the balance loss needs of other microbatches.
 
   Returns:
     The microbatch's share of every term.
@@ -88,25 +92,26 @@ def loss_terms(
   weights = batch.weights.astype(logits.dtype)
   z = jax.nn.logsumexp(logits, axis=-1)
   nats = weights * (z - _at_target(logits, batch.targets))
-  cross_entropy = jnp.sum(nats) / totals.weight
-  lm_z = jnp.sum(weights * jnp.square(z)) / totals.weight
+  total_weight = totals.weight.astype(logits.dtype)
+  cross_entropy = jnp.sum(nats) / total_weight
+  lm_z = jnp.sum(weights * jnp.square(z)) / total_weight
   largest = jnp.max(logits, axis=-1)
-  lm_max_z = jnp.sum(weights * jnp.square(largest)) / totals.weight
+  lm_max_z = jnp.sum(weights * jnp.square(largest)) / total_weight
 
   total = cross_entropy
   if config.lm_z:
     total += config.lm_z * lm_z
   if config.lm_max_z:
     total += config.lm_max_z * lm_max_z
+  per_layer = None
   if routing is not None:
-    share = (_num_tokens(batch) / totals.tokens).astype(logits.dtype)
-    routing = RoutingStats(
-      balance_loss=share * routing.balance_loss,
-      z_loss=share * routing.z_loss,
-      load=share * routing.load,
-      dropped=share * routing.dropped,
-    )
-    total += config.balance * jnp.mean(routing.balance_loss)
+    routing = shared_routing(routing, batch=batch, totals=totals)
+    balance = balance or BalanceInputs()
+    per_layer = make_rule(config.balance_over).loss(routing, balance)
+    if balance.weights is None:
+      total += config.balance * jnp.mean(per_layer)
+    else:
+      total += jnp.mean(balance.weights.astype(logits.dtype) * per_layer)
     total += config.router_z * jnp.mean(routing.z_loss)
 
   def by_language(values: Float[Array, "B T"]) -> Float[Array, "I"]:
@@ -123,7 +128,17 @@ def loss_terms(
     language_nats=by_language(nats),
     language_weight=by_language(weights),
     routing=routing,
+    balance=per_layer,
   )
+
+
+def shared_routing(
+  routing: RoutingStats, *, batch: Batch, totals: BatchTotals
+) -> RoutingStats:
+  """The means of a microbatch times its share of the batch's tokens."""
+  dtype = routing.load.dtype
+  share = _num_tokens(batch).astype(dtype) / totals.tokens.astype(dtype)
+  return jax.tree.map(lambda mean: share * mean, routing)
 
 
 def _at_target(logits, targets) -> Float[Array, "B T"]:

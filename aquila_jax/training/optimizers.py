@@ -47,6 +47,8 @@ def make_optimizer(
     u = (mu / (1 - beta1^count)) / (sqrt(nu / (1 - beta2^count)) + epsilon)
     update = u + weight_decay * parameter  (decayed leaves only)
 
+  A selection bias has no gradient and no decay: its update is 0.
+
   (Loshchilov and Hutter, arXiv 1711.05101.) The step subtracts the learning
   rate times this. The learning rate stays outside since it counts the steps of
   a stage, while `count` goes on through growth.
@@ -82,7 +84,10 @@ def make_optimizer(
     errors.UserError: under function_space, where nothing was grown.
   """
   decayed = jax.tree.map(
-    lambda leaf: config.decay_vectors or is_matrix(leaf), axes
+    lambda leaf: (
+      (config.decay_vectors or is_matrix(leaf)) and not leaf.is_selection_bias
+    ),
+    axes,
   )
   adam = optax.scale_by_adam(
     b1=config.beta1, b2=config.beta2, eps=config.epsilon

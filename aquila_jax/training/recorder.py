@@ -155,7 +155,7 @@ class Recorder:
     if last.growth_mask is not None:
       row["growth_mask"] = float(last.growth_mask)
     if last.routing is not None:
-      row |= routing_fields(last.routing, layers=self._moe_layers)
+      row |= routing_fields(last, layers=self._moe_layers)
     row |= self._rates(step)
     row["epochs"] = dict(epochs)
     self.window = Window()
@@ -193,32 +193,41 @@ def _optimisation(last: StepMetrics) -> Row:
   }
 
 
-def routing_fields(routing: Any, *, layers: Sequence[int]) -> Row:
+def routing_fields(last: StepMetrics, *, layers: Sequence[int]) -> Row:
   """What a row says of the experts, a layer.
 
   With the load f [L E] (it sums to one a layer): entropy -sum f log f in nats
-  (log E when even, 0 log 0 = 0) and max f / mean f = E max f.
+  (log E when even, 0 log 0 = 0) and max f / mean f = E max f. A router's own
+  entropy and largest gate are means over tokens.
 
   Args:
-    routing: RoutingStats on the host, stacked over the layers with experts.
-    layers: which layers of the model these are, in rising order.
+    last: the metrics of a step on the host, with routing.
+    layers: which layers of the model have experts, in rising order.
 
   Returns:
     Fields of a row. Lists are over the layers of the model, up to the last one
     with experts; one without has None.
   """
+  routing = last.routing
+  assert routing is not None and last.balance is not None
   load = np.asarray(routing.load, np.float64)
   safe = np.where(load > 0, load, 1.0)
 
-  def by_layer(values: np.ndarray) -> list[Any]:
-    rows = dict(zip(layers, values.tolist(), strict=True))
+  def by_layer(values: Any) -> list[Any]:
+    found = np.asarray(values, np.float64).tolist()
+    rows = dict(zip(layers, found, strict=True))
     return [rows.get(layer) for layer in range(layers[-1] + 1)]
 
-  return {
-    "balance_loss": float(np.mean(routing.balance_loss)),
+  row = {
+    "balance_loss": float(np.mean(last.balance)),
     "router_z_loss": float(np.mean(routing.z_loss)),
     "expert_load": by_layer(load),
     "load_entropy": by_layer(-np.sum(safe * np.log(safe), axis=-1) + 0.0),
     "load_max_over_mean": by_layer(load.max(-1) / load.mean(-1)),
-    "dropped_share": by_layer(np.asarray(routing.dropped, np.float64)),
+    "dropped_share": by_layer(routing.dropped),
+    "router_entropy": by_layer(routing.entropy),
+    "top_gate": by_layer(routing.top_gate),
   }
+  if last.balance_weights is not None:
+    row["balance_weight"] = by_layer(last.balance_weights)
+  return row

@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float
 
 from aquila_jax.core import dtypes
 from aquila_jax.core.moments import AdamMoments, get_moments, set_moments
@@ -30,6 +32,7 @@ def create_state(
   keep_ema: bool = False,
   moments: AdamMoments | None = None,
   ema: Params | None = None,
+  balance_weights: Float[np.ndarray, "L"] | None = None,
 ) -> TrainState:
   """The state at step 0 of a stage.
 
@@ -40,6 +43,7 @@ def create_state(
       the parameters where there is none.
     moments: Adam's moments to go on from; None starts them at zero.
     ema: the average to go on from.
+    balance_weights: of `balance.initial_weights`.
 
   Returns:
     A TrainState. Its moments are at least float32 whatever the parameters are.
@@ -52,8 +56,13 @@ def create_state(
   elif ema is None:
     # Copied, because a donated buffer must stand in one place only.
     ema = jax.tree.map(jnp.copy, widen(params))
+  weights = None if balance_weights is None else jnp.asarray(balance_weights)
   return TrainState(
-    step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, ema=ema
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=opt_state,
+    ema=ema,
+    balance_weights=weights,
   )
 
 
@@ -64,6 +73,7 @@ def abstract_state(
   axes: Any,
   mesh: Mesh,
   keep_ema: bool = False,
+  balance_weights: Float[np.ndarray, "L"] | None = None,
 ) -> TrainState:
   """Shapes, dtypes and shardings of the state, without allocating any.
 
@@ -73,13 +83,20 @@ def abstract_state(
     axes: the `LeafAxes` of every parameter.
     mesh: of the devices.
     keep_ema: whether the stage averages its parameters.
+    balance_weights: of `balance.initial_weights`.
 
   Returns:
     A TrainState of ShapeDtypeStruct. Moments and EMA lie where their parameters
-    lie; counters are replicated.
+    lie; all else is replicated.
   """
   shapes = jax.eval_shape(
-    lambda p: create_state(p, optimizer=optimizer, keep_ema=keep_ema), params
+    lambda p: create_state(
+      p,
+      optimizer=optimizer,
+      keep_ema=keep_ema,
+      balance_weights=balance_weights,
+    ),
+    params,
   )
   shardings = state_shardings(shapes, axes=axes, mesh=mesh)
   return jax.tree.map(
@@ -104,6 +121,7 @@ def state_shardings(state: TrainState, *, axes: Any, mesh: Mesh) -> TrainState:
       opt_state, AdamMoments(count=everywhere, mu=by_param, nu=by_param)
     ),
     ema=None if state.ema is None else by_param,
+    balance_weights=None if state.balance_weights is None else everywhere,
   )
 
 
@@ -121,6 +139,7 @@ def place_initial(
   *,
   optimizer: optax.GradientTransformation,
   like: TrainState,
+  balance_weights: Float[np.ndarray, "L"] | None = None,
 ) -> TrainState:
   """The state at step 0, laid out on the mesh.
 
@@ -131,6 +150,7 @@ def place_initial(
     initial: its leaves may lie anywhere.
     optimizer: of `make_optimizer`.
     like: of `abstract_state`.
+    balance_weights: of `balance.initial_weights`.
 
   Returns:
     The state.
@@ -148,7 +168,12 @@ def place_initial(
 
   def create(params, moments, ema):
     return create_state(
-      params, optimizer=optimizer, keep_ema=keep_ema, moments=moments, ema=ema
+      params,
+      optimizer=optimizer,
+      keep_ema=keep_ema,
+      moments=moments,
+      ema=ema,
+      balance_weights=balance_weights,
     )
 
   return jax.jit(create, out_shardings=shardings)(params, moments, ema)

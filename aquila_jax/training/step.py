@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from aquila_jax.core.experiment_config import TrainConfig
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.types import Batch, Leaf, Params, RoutingStats, TrainState
-from aquila_jax.models.decoder_lm import DecoderLM
+from aquila_jax.models import decoder_lm
 from aquila_jax.sharding.mesh import batch_sharding
-from aquila_jax.training import losses
+from aquila_jax.training import balance, losses
+from aquila_jax.training.accumulation import LossGradient
 from aquila_jax.training.freezing import select
 from aquila_jax.training.growth_mask import mask_schedule
 from aquila_jax.training.optimizers import Schedule
@@ -40,6 +42,9 @@ class StepMetrics(struct.PyTreeNode):
   learning_rate: Leaf  # float []
   finite: Leaf  # bool []; loss, gradients and new parameters
   growth_mask: Leaf | None = None  # float []; None without a mask
+  balance: Leaf | None = None  # float [L]; the balance loss; None when dense
+  # float [L]; its weights in this step, where they adapt.
+  balance_weights: Leaf | None = None
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
@@ -53,6 +58,7 @@ def make_train_step(
   schedule: Schedule,
   masks: Any,
   num_languages: int,
+  seed: int = 0,
 ) -> TrainStep:
   """The step as a pure function; `jit_train_step` compiles it.
 
@@ -63,41 +69,27 @@ def make_train_step(
     schedule: of `learning_rate`.
     masks: of `trainable_masks`.
     num_languages: above every language index of a batch.
+    seed: of the routers' noise.
 
   Returns:
     The step.
   """
-  decoder = DecoderLM(model)
+  loss_gradient = LossGradient(
+    config=config, model=model, num_languages=num_languages, seed=seed
+  )
+  move_bias = _bias_mover(config, model)
+  move_weights = _weight_mover(config, model)
   ema_decay = config.optimizer.ema_decay
   mask = mask_schedule(config, model.growth_mask)
 
   def train_step(state, batch):
     mask_value = None if mask is None else mask.traced(state.step)
-    totals = losses.batch_totals(batch)
-
-    def loss_fn(params, part):
-      out: Any = decoder.apply(
-        {"params": params},
-        part.tokens,
-        positions=part.positions,
-        segments=part.segments,
-        mask_value=mask_value,
-      )
-      terms = losses.loss_terms(
-        out.logits,
-        out.routing,
-        batch=part,
-        totals=totals,
-        config=config.loss,
-        num_languages=num_languages,
-      )
-      return terms.total, terms
-
-    grads, terms = _accumulate(
-      jax.grad(loss_fn, has_aux=True),
+    grads, terms = loss_gradient(
       state.params,
-      batch=batch,
-      num_microbatches=config.num_microbatches,
+      batch,
+      step=state.step,
+      mask_value=mask_value,
+      balance_weights=state.balance_weights,
     )
     # Frozen elements have no gradient, so clipping does not count them either.
     nothing = jax.tree.map(jnp.zeros_like, grads)
@@ -106,7 +98,7 @@ def make_train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, old)
     rate = schedule(state.step)
     new = jax.tree.map(lambda p, u: p - rate.astype(p.dtype) * u, old, updates)
-    new = select(masks, new, otherwise=old)
+    new = select(masks, move_bias(new, terms.routing), otherwise=old)
     change = jax.tree.map(jnp.subtract, new, old)
     params = jax.tree.map(lambda n, p: n.astype(p.dtype), new, state.params)
     ema = state.ema
@@ -115,51 +107,43 @@ def make_train_step(
       ema = jax.tree.map(lambda e, n: e + rest * (n - e), ema, new)
       ema = select(masks, ema, otherwise=state.ema)
     metrics = _metrics(
-      terms,
-      grads=grads,
-      params=new,
-      change=change,
-      rate=rate,
-      mask_value=mask_value,
-    )
+      terms, grads=grads, params=new, change=change, rate=rate
+    ).replace(growth_mask=mask_value, balance_weights=state.balance_weights)
     return TrainState(
-      step=state.step + 1, params=params, opt_state=opt_state, ema=ema
+      step=state.step + 1,
+      params=params,
+      opt_state=opt_state,
+      ema=ema,
+      balance_weights=move_weights(state.balance_weights, terms.routing),
     ), metrics
 
   return train_step
 
 
-def _accumulate(
-  grad_fn: Callable[[Params, Batch], tuple[Params, losses.LossTerms]],
-  params: Params,
-  *,
-  batch: Batch,
-  num_microbatches: int,
-) -> tuple[Params, losses.LossTerms]:
-  """Gradients and loss terms summed over the microbatches, in float32."""
+def _bias_mover(
+  config: TrainConfig, model: ModelConfig
+) -> Callable[[Params, Any], Params]:
+  """Moves the selection biases of a model that has them."""
+  if not balance.has_selection_bias(model):
+    return lambda params, routing: params
+  axes = decoder_lm.parameter_axes(model)
 
-  def wide_grads(part):
-    grads, terms = grad_fn(params, part)
-    return widen(grads), terms
+  def move(params, routing):
+    return balance.move_selection_bias(
+      params, axes=axes, load=routing.load, rate=config.loss.bias_rate
+    )
 
-  if num_microbatches == 1:
-    return wide_grads(batch)
+  return move
 
-  def split(leaf):
-    # Row i goes to microbatch i mod n, so that a batch that is sharded over
-    # its rows is cut without moving any between devices.
-    # (B, T) -> (B/n, n, T) -> (n, B/n, T)
-    rows = leaf.reshape(-1, num_microbatches, *leaf.shape[1:])
-    return jnp.swapaxes(rows, 0, 1)
 
-  def add(sums, part):
-    return jax.tree.map(jnp.add, sums, wide_grads(part)), None
-
-  parts = jax.tree.map(split, batch)
-  shapes = jax.eval_shape(wide_grads, jax.tree.map(lambda x: x[0], parts))
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  sums, _ = jax.lax.scan(add, zeros, parts)
-  return sums
+def _weight_mover(
+  config: TrainConfig, model: ModelConfig
+) -> Callable[[Any, Any], Any]:
+  """Moves the weights of the balance loss, where they adapt."""
+  adaptive = config.loss.adaptive_balance
+  if adaptive is None or model.moe is None:
+    return lambda weights, routing: weights
+  return functools.partial(balance.next_weights, config=adaptive, model=model)
 
 
 def _metrics(
@@ -169,7 +153,6 @@ def _metrics(
   params: Params,
   change: Params,
   rate: jax.Array,
-  mask_value: jax.Array | None = None,
 ) -> StepMetrics:
   gradient_norm = optax.tree.norm(grads)
   parameter_norm = optax.tree.norm(params)
@@ -190,7 +173,7 @@ def _metrics(
     update_norm=optax.tree.norm(change),
     learning_rate=rate,
     finite=finite[0] & finite[1] & finite[2],
-    growth_mask=mask_value,
+    balance=terms.balance,
   )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from aquila_jax.core import experiment_config as ec
 from aquila_jax.core.errors import UserError
-from aquila_jax.core.model_config import GrowthMask, ModelConfig
+from aquila_jax.core.model_config import GrowthMask, ModelConfig, MoeConfig
 
 MODEL = ModelConfig(
   vocab_size=32,
@@ -111,6 +111,13 @@ REFUSED = [
     "mask_steps=-1: need >= 0",
   ),
   (ec.LossConfig, {"lm_z": -1.0}, "lm_z=-1.0: need >= 0"),
+  (ec.LossConfig, {"bias_rate": -1.0}, "bias_rate=-1.0: need >= 0"),
+  (ec.AdaptiveBalance, {"maximum": 0.0}, "maximum=0.0: need > 0"),
+  (
+    ec.AdaptiveBalance,
+    {"smoothing": 1.0},
+    "smoothing=1.0: need 0 <= smoothing < 1",
+  ),
   (ec.CheckpointConfig, {"every_steps": 0}, "every_steps=0: need >= 1"),
   (
     ec.CheckpointConfig,
@@ -241,6 +248,27 @@ def test_scale_out_into_a_dense_model_is_refused():
   assert str(error.value) == (
     "model.moe=None: init.kind='scale_out' fills experts; give model.moe"
   )
+
+
+@pytest.mark.parametrize(
+  ("fields", "loss", "has_pass"),
+  [
+    ({}, {}, True),
+    ({"num_microbatches": 1}, {}, False),
+    ({}, {"balance_over": "running"}, False),
+    ({}, {"balance": 0.0}, False),
+    ({}, {"balance": 0.0, "adaptive_balance": ec.AdaptiveBalance()}, True),
+  ],
+)
+def test_the_load_is_read_first_where_a_global_balance_needs_it(
+  fields, loss, has_pass
+):
+  train = dataclasses.replace(
+    TRAIN, **({"num_microbatches": 2} | fields), loss=ec.LossConfig(**loss)
+  )
+  mixture = dataclasses.replace(MODEL, moe=MoeConfig())
+  assert train.has_load_pass(mixture) == has_pass
+  assert not train.has_load_pass(MODEL)
 
 
 def test_tokens_a_step():

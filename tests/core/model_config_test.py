@@ -47,6 +47,20 @@ def test_model_is_refused(fields, message):
   assert str(error.value) == message
 
 
+EXPERT_CHOICE: dict[str, Any] = dict(
+  choice="expert", router_order="sigmoid", renormalise=False
+)
+
+
+def test_a_router_of_zeros_is_taken_with_noise():
+  assert MoeConfig(router_init_std=0.0, logit_noise=0.1).is_noisy
+  assert not MoeConfig().is_noisy and MoeConfig(input_jitter=0.1).is_noisy
+
+
+def test_only_token_choice_is_causal():
+  assert MoeConfig().is_causal and not MoeConfig(**EXPERT_CHOICE).is_causal
+
+
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
@@ -57,6 +71,9 @@ def test_model_is_refused(fields, message):
       "capacity_factor=0.0: need > 0, or None for dropless",
     ),
     ({"block_size": 0}, "block_size=0: need >= 1"),
+    ({"gate_scale": 0.0}, "gate_scale=0.0: need > 0"),
+    ({"logit_noise": -1.0}, "logit_noise=-1.0: need >= 0"),
+    ({"input_jitter": 1.0}, "input_jitter=1.0: need 0 <= input_jitter < 1"),
     (
       {"layers": (1, 0)},
       "layers=(1, 0): need layers from 0 in rising order, each once, at least"
@@ -67,9 +84,64 @@ def test_model_is_refused(fields, message):
       "layers=(): need layers from 0 in rising order, each once, at least one",
     ),
     (
-      {"router_init_std": 0.0},
-      "router_init_std=0.0: need > 0, a router of zeros sends every token to"
-      " the first experts",
+      {"logit_normalisation": 0.0},
+      "logit_normalisation=0.0: need > 0, or None",
+    ),
+    ({"router_init_std": -0.1}, "router_init_std=-0.1: need >= 0"),
+    (
+      {"router_init_std": 0.0, "input_jitter": 0.1},
+      "router_init_std=0.0: need > 0 or logit_noise > 0; a router of zeros has"
+      " equal logits, under input_jitter too, and ties send every token to the"
+      " first experts",
+    ),
+    (
+      {
+        "router_init_std": 0.0,
+        "logit_noise": 0.1,
+        "logit_normalisation": 1.0,
+      },
+      "router_init_std=0.0: need > 0 with logit_normalisation=1.0; equal logits"
+      " have no deviation to divide by",
+    ),
+    (
+      {"num_groups": 3},
+      "num_groups=3: need a divisor of num_experts=8",
+    ),
+    (
+      {"num_groups": 2, "top_groups": 3},
+      "top_groups=3: need 1 <= top_groups <= num_groups=2",
+    ),
+    (
+      {"num_groups": 4, "top_groups": 1, "top_k": 3},
+      "top_groups=1: so many groups have 2 experts; need at least top_k=3",
+    ),
+    (
+      {"num_groups": 8, "top_groups": 2, "group_score": "top2_sum"},
+      "group_score='top2_sum': need two experts a group; num_groups=8 leaves 1",
+    ),
+    (
+      {"choice": "expert"},
+      "router_order='topk_then_softmax': need softmax_then_topk or sigmoid with"
+      " choice='expert'; an expert ranks tokens by scores",
+    ),
+    (
+      EXPERT_CHOICE | {"renormalise": True},
+      "renormalise=True: need False with choice='expert'; the gates are the"
+      " scores",
+    ),
+    (
+      EXPERT_CHOICE | {"selection_bias": True},
+      "selection_bias=True: need False with choice='expert'; all experts have"
+      " the same load",
+    ),
+    (
+      EXPERT_CHOICE | {"num_groups": 2},
+      "top_groups=1: need 2 with choice='expert'; tokens choose no groups",
+    ),
+    (
+      EXPERT_CHOICE | {"capacity_factor": 2.0},
+      "capacity_factor=2.0: need None with choice='expert'; top_k says how many"
+      " tokens an expert takes",
     ),
   ],
 )
@@ -152,14 +224,17 @@ def test_query_heads_a_group():
 
 
 @pytest.mark.parametrize(
-  ("order", "renormalise", "sums_to_one"),
+  ("fields", "sums_to_one"),
   [
-    ("topk_then_softmax", False, True),
-    ("topk_then_softmax", True, True),
-    ("softmax_then_topk", True, True),
-    ("softmax_then_topk", False, False),
+    (dict(renormalise=False), True),
+    (dict(), True),
+    (dict(gate_scale=2.0), False),
+    (dict(router_order="softmax_then_topk"), True),
+    (dict(router_order="softmax_then_topk", renormalise=False), False),
+    (dict(router_order="sigmoid"), True),
+    (dict(router_order="sigmoid", renormalise=False), False),
+    (EXPERT_CHOICE, False),
   ],
 )
-def test_gates_sum_to_one(order, renormalise, sums_to_one):
-  moe = MoeConfig(router_order=order, renormalise=renormalise)
-  assert moe.gates_sum_to_one == sums_to_one
+def test_gates_sum_to_one(fields, sums_to_one):
+  assert MoeConfig(**fields).gates_sum_to_one == sums_to_one

@@ -20,7 +20,7 @@ from aquila_jax.evaluation.token_scoring import (
   shape_for,
   windows,
 )
-from aquila_jax.models import decoder_lm
+from aquila_jax.models import causality, decoder_lm
 
 VOCAB = 40
 # float32 log-probabilities of about 4 nats, each some ten roundings of 6e-8,
@@ -243,3 +243,23 @@ def test_mistakes_are_refused(options, message):
   with pytest.raises(errors.UserError) as raised:
     Scorer(config("dense"), params("dense"), **options)
   assert str(raised.value) == message
+
+
+def test_experts_that_choose_are_warned_of(caplog):
+  moe = MoeConfig(
+    num_experts=4,
+    choice="expert",
+    router_order="sigmoid",
+    renormalise=False,
+  )
+  given = dataclasses.replace(config("dense"), moe=moe)
+  causality._warn.cache_clear()
+  with caplog.at_level("WARNING", logger="absl"):
+    Scorer(given, params("dense"))
+    Scorer(given, params("dense"))
+    Scorer(config("dense"), params("dense"))
+  assert [record.message for record in caplog.records] == [
+    "scores of tasks: model.moe.choice='expert' is not causal: experts choose"
+    " among all tokens of a batch, later ones included; losses and scores know"
+    " the future"
+  ]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from aquila_jax.core import errors
+from aquila_jax.generation import decoding
 from aquila_jax.generation.generate import TextModel
 from aquila_jax.generation.sampling import Sampling
 from aquila_jax.generation.tokens import (
@@ -17,6 +18,8 @@ from aquila_jax.generation.tokens import (
   generate_tokens,
   stream_tokens,
 )
+from aquila_jax.models import decoder_lm
+from tests.generation import tiny
 from tests.generation.tiny import text_model
 
 PROMPTS = [[5, 9, 17], [40, 41, 42, 43, 44, 45, 46], [7], [8, 9]]
@@ -192,3 +195,33 @@ def test_refuses_what_the_model_cannot_read(prompts, options, message):
   with pytest.raises(errors.UserError) as caught:
     call(text_model(False), prompts, **(dict(sampling=GREEDY) | options))
   assert str(caught.value) == message
+
+
+def test_experts_that_choose_cannot_continue_a_text():
+  config = tiny.model_config(moe=True)
+  assert config.moe is not None
+  moe = dataclasses.replace(
+    config.moe,
+    choice="expert",
+    router_order="sigmoid",
+    renormalise=False,
+    capacity_factor=None,
+  )
+  config = dataclasses.replace(config, moe=moe)
+  message = (
+    "model.moe.choice='expert' is not causal: experts choose among all tokens"
+    " of a batch, later ones included, and no text can be continued with it;"
+    " expected 'token'"
+  )
+  cache = decoder_lm.make_cache(config, batch_size=1, num_slots=4)
+  row = jnp.ones((1, 1), jnp.int32)
+  for refused in (
+    lambda: generate_tokens(config, {}, [[1]], sampling=GREEDY),
+    lambda: next(stream_tokens(config, {}, [1], sampling=GREEDY)),
+    lambda: decoding.append(
+      config, {}, row, positions=row, segments=row, cache=cache
+    ),
+  ):
+    with pytest.raises(errors.UserError) as caught:
+      refused()
+    assert str(caught.value) == message

@@ -153,6 +153,16 @@ def test_the_router_starts_without_moments():
   assert int(grown.moments.count) == 7
 
 
+def test_a_selection_bias_starts_at_zero():
+  source = tiny.stored(tiny.SOURCE)
+  grown = scale_out(source, _mixture(_moe(selection_bias=True)), OPTIONS)
+  assert grown.moments is not None
+  for tree in (grown.params, grown.moments.mu, grown.moments.nu):
+    bias = tiny.arrays(tree)["layers/mlp/router/selection_bias"]
+    assert bias.shape == (3, 4) and not bias.any()
+  assert tiny.arrays(grown.params)["layers/mlp/router/kernel"].any()
+
+
 def test_reset_leaves_the_moments_out():
   source = tiny.stored(tiny.SOURCE)
   options = dataclasses.replace(OPTIONS, optimizer="reset")

@@ -28,6 +28,9 @@ from tests.growth.calibration_test import SAMPLE
 
 WIDE = dict(embed_dim=12, mlp_dim=15, num_heads=8, num_layers=5)
 
+# The bias is float32 in every model, and new in a mixture.
+MOE = dataclasses.replace(tiny.MOE, selection_bias=True)
+
 
 def _quiet(line: str) -> None:
   del line
@@ -95,7 +98,7 @@ def _source(dtype: str, **fields) -> StoredModel:
   ids=["fpi", "fpi_stack_moe", "aki_reset", "aki_own_moe", "aki_pro"],
 )
 def test_scale_up_writes_the_bytes_of_scale_up(options, moe, dtype, tmp_path):
-  source = _source(dtype, moe=tiny.MOE if moe else None, qk_norm=moe)
+  source = _source(dtype, moe=MOE if moe else None, qk_norm=moe)
   target = tiny.replace(source.config, **WIDE)
   expected = scale_up(source, target, options, seed=3, name="up")
   returned = stream_scale_up(
@@ -134,7 +137,7 @@ def test_parameters_take_the_dtype_of_the_target(tmp_path):
 
 
 def _mixture(config: ModelConfig) -> ModelConfig:
-  return tiny.replace(config, moe=tiny.MOE)
+  return tiny.replace(config, moe=MOE)
 
 
 def _stream_out(

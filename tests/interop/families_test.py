@@ -498,6 +498,30 @@ def test_what_is_not_known_is_returned_and_what_changes_nothing_is_not():
   assert _read("llama", quantization_config=None) == _read("llama")
 
 
+ROUTERS: list[tuple[dict[str, Any], str, str]] = [
+  (dict(gate_scale=2.0), "gate_scale=2.0", "1.0"),
+  (dict(selection_bias=True), "selection_bias=True", "False"),
+  (dict(logit_normalisation=1.0), "logit_normalisation=1.0", "None"),
+  (dict(num_groups=4), "top_groups=1", "4"),
+  (
+    dict(choice="expert", router_order="sigmoid", renormalise=False),
+    "choice='expert'",
+    "'token'",
+  ),
+]
+
+
+@pytest.mark.parametrize(("fields", "given", "needed"), ROUTERS)
+def test_a_router_of_no_class_is_not_exported(fields, given, needed):
+  config = dataclasses.replace(tiny.DENSE, moe=MoeConfig(**fields))
+  with pytest.raises(UserError) as caught:
+    families.write_config(config)
+  assert str(caught.value) == (
+    f"model.moe.{given}: no stock class of transformers has it beside this"
+    f" attention; expected {needed}"
+  )
+
+
 EXPORTS_REFUSED: dict[str, tuple[ModelConfig, str]] = {
   "an ungated shared expert": (
     dataclasses.replace(
@@ -506,6 +530,11 @@ EXPORTS_REFUSED: dict[str, tuple[ModelConfig, str]] = {
     ),
     "model.moe.shared_expert_gate=False: no stock class of transformers has"
     " these experts with an ungated shared one; expected True",
+  ),
+  "sigmoid": (
+    dataclasses.replace(tiny.DENSE, moe=MoeConfig(router_order="sigmoid")),
+    "model.moe.router_order='sigmoid': no stock class of transformers has it"
+    " beside this attention; expected topk_then_softmax or softmax_then_topk",
   ),
   "a shared expert with qk_norm": (
     dataclasses.replace(
@@ -535,6 +564,12 @@ EXPORTS_REFUSED: dict[str, tuple[ModelConfig, str]] = {
     " None; train the model on with train.mask_steps until the mask is 1",
   ),
 }
+
+
+def test_what_only_training_does_is_no_hindrance():
+  moe = MoeConfig(input_jitter=0.01, logit_noise=0.1, capacity_factor=1.5)
+  config = dataclasses.replace(tiny.DENSE, moe=moe)
+  assert families.write_config(config)[0].model_type == "mixtral"
 
 
 @pytest.mark.parametrize("name", EXPORTS_REFUSED)

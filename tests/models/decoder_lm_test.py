@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -303,6 +304,26 @@ def test_cache_continues_a_row(config):
     np.concatenate(parts, axis=1), whole.logits, atol=1e-5
   )
   assert cache.length.tolist() == [5, 5]
+
+
+def test_chosen_experts_are_collected_layer_by_layer_if_asked():
+  row = [jnp.asarray(part) for part in _pack(DOCUMENT, [2, 7, 1])]
+  model = decoder_lm.DecoderLM(DROPLESS)
+
+  def apply(params, **options) -> Any:
+    return model.apply(
+      {"params": params},
+      row[0],
+      positions=row[1],
+      segments=row[2],
+      **options,
+    )
+
+  params = _params(DROPLESS)
+  collect = functools.partial(apply, mutable=["intermediates"])
+  _, variables = jax.eval_shape(collect, params)
+  (ids,) = variables["intermediates"]["layers"]["mlp"]["experts"]
+  assert ids.shape == (2, *row[0].shape, 2) and ids.dtype == jnp.int32
 
 
 def test_routing_is_stacked_over_layers():

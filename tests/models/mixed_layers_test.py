@@ -322,11 +322,21 @@ def test_losses_of_new_layers_weigh_their_share_among_those_with_experts():
   config = dataclasses.replace(EVERY_SECOND, growth_mask=mask)
   ones = jnp.ones(2)
   routing = RoutingStats(
-    balance_loss=ones, z_loss=2 * ones, load=jnp.ones((2, 3)), dropped=ones
+    load=jnp.full((2, 3), 1 / 3),
+    probability=jnp.full((2, 3), 1 / 3),
+    sequence_balance=ones,
+    z_loss=2 * ones,
+    entropy=ones,
+    top_gate=ones,
+    dropped=ones,
   )
   found = weigh_losses(routing, config, make_masks(config))
   assert found is not None
   # Layers 1 and 3, with weights 1 and 1/2 over their mean of 3/4.
   np.testing.assert_allclose(found.balance_loss, [4 / 3, 2 / 3], rtol=1e-6)
   np.testing.assert_allclose(found.z_loss, [8 / 3, 4 / 3], rtol=1e-6)
-  np.testing.assert_array_equal(found.load, 1)
+  np.testing.assert_allclose(found.sequence_balance, [4 / 3, 2 / 3], rtol=1e-6)
+  for name in ("load", "entropy", "top_gate", "dropped"):
+    np.testing.assert_array_equal(
+      getattr(found, name), getattr(routing, name), name
+    )

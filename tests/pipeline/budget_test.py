@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from aquila_jax.core import errors
@@ -10,6 +12,7 @@ from aquila_jax.core.model_dir import StoredModel, save_model
 from aquila_jax.models import decoder_lm
 from aquila_jax.pipeline import budget
 from aquila_jax.pipeline.learned_growth import operator_training, planned_flops
+from aquila_jax.planning import counting
 from tests.growth import tiny
 
 
@@ -33,6 +36,23 @@ def test_flops_of_a_step_by_hand(kit):
   a_token = 3 * (2 * weights + 4 * 2 * 2 * 8 * 32)
   stage = kit.experiment().stages["dense"]
   assert budget.step_flops(stage) == 8 * 32 * a_token
+
+
+def test_the_pass_for_the_load_counts_too(kit):
+  changes: dict[str, Any] = dict(stages__control__train__num_microbatches=2)
+  found = {
+    over: budget.token_flops(
+      kit.experiment(
+        stages__control__train__loss=dict(balance_over=over), **changes
+      ).stages["control"]
+    )
+    for over in ("global", "running")
+  }
+  model = kit.experiment().stages["control"].model
+  parts = counting.count(model, sequence_length=32).parts
+  forward = sum(part.forward_flops for part in parts.values())
+  head = parts["lm_head"].forward_flops
+  assert found == {"global": 4 * forward - head, "running": 3 * forward}
 
 
 def test_what_a_learned_growth_takes_counts_too(kit):

@@ -7,12 +7,14 @@ import json
 
 from etils import epath
 
-from aquila_jax.core.model_dir import load_model
+from aquila_jax.core.model_dir import load_model, save_model
 from aquila_jax.evaluation import perplexity
 from aquila_jax.generation.generate import generate, text_model
 from aquila_jax.generation.sampling import Sampling
 from aquila_jax.models import decoder_lm
+from aquila_jax.pipeline import stage as stage_lib
 from aquila_jax.pipeline.evaluate import evaluate_stage, read_evaluation
+from aquila_jax.pipeline.initial import Start
 
 
 def _folder(whole, tmp_path) -> epath.Path:
@@ -64,6 +66,43 @@ def test_an_evaluation_is_made_once_for_one_question(kit, whole, tmp_path):
   evaluate_stage(other, "dense", folder)
   assert messages == 2 * said
   assert read_evaluation(folder)[1] == []
+
+
+def test_experts_that_choose_are_measured_and_continue_nothing(
+  kit, whole, tmp_path
+):
+  stored = load_model(
+    whole.workdir / "stages/control/model", like=decoder_lm.abstract_params
+  )
+  assert stored.config.moe is not None
+  moe = dataclasses.replace(
+    stored.config.moe,
+    choice="expert",
+    router_order="softmax_then_topk",
+    renormalise=False,
+  )
+  config = dataclasses.replace(stored.config, moe=moe)
+  axes = decoder_lm.parameter_axes(config)
+  stored = dataclasses.replace(stored, config=config)
+  save_model(tmp_path / "model", stored, axes=axes)
+  messages: list[str] = []
+  context = kit.context(whole.workdir, messages)
+  evaluate_stage(context, "control", epath.Path(tmp_path))
+  scores, samples = read_evaluation(epath.Path(tmp_path))
+  assert scores is not None and samples == []
+  assert messages[-1] == (
+    "control: no samples; model.moe.choice='expert' is not causal: experts"
+    " choose among all tokens of a batch, later ones included"
+  )
+
+  stage = context.experiment.stages["control"]
+  stage = dataclasses.replace(stage, model=config)
+  start = Start(context=context, name="control", stage=stage, locate=str)
+  lines = stage_lib._announcement(start, stored, {}, 4)
+  assert lines[-1] == (
+    "warning: model.moe.choice='expert' is not causal: experts choose among all"
+    " tokens of a batch, later ones included; losses and scores know the future"
+  )
 
 
 def test_a_stage_without_an_evaluation_has_none(tmp_path):

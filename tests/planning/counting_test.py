@@ -226,6 +226,24 @@ def test_training_is_three_forwards_at_the_given_length():
   )
 
 
+def test_the_pass_for_the_load_is_a_forward_without_the_head():
+  parts = counting.count(MIXTURE, sequence_length=10).parts
+  body = sum(p.forward_flops for n, p in parts.items() if n != "lm_head")
+  head = parts["lm_head"].forward_flops
+  found = counting.train_flops_per_token(MIXTURE, 10, has_load_pass=True)
+  assert head > 0 and found == 4 * body + 3 * head
+
+
+def test_a_selection_bias_is_the_routers_and_takes_no_flops():
+  moe = MoeConfig(num_experts=4, top_k=2, selection_bias=True)
+  with_bias = dataclasses.replace(MIXTURE, moe=moe)
+  plain, found = (
+    counting.count(config).parts["router"] for config in (MIXTURE, with_bias)
+  )
+  more = 4 * MIXTURE.num_layers
+  assert found == plain + PartCount(parameters=more, active=more)
+
+
 def test_table():
   config = dataclasses.replace(
     MIXTURE, num_layers=1, vocab_size=1000, context_length=4

@@ -13,7 +13,11 @@ import pytest
 from etils import epath
 
 from aquila_jax.core import errors
-from aquila_jax.core.experiment_config import CheckpointConfig, MeshConfig
+from aquila_jax.core.experiment_config import (
+  CheckpointConfig,
+  LossConfig,
+  MeshConfig,
+)
 from aquila_jax.core.types import TrainState
 from aquila_jax.sharding.mesh import make_mesh
 from aquila_jax.training.checkpointing import (
@@ -25,7 +29,7 @@ from aquila_jax.training.checkpointing import (
 _ADAM = optax.chain(optax.clip(1.0), optax.scale_by_adam())
 
 
-def _state(value, *, ema=False):
+def _state(value, *, ema=False, adaptive=False):
   params = {"a": {"w": jnp.full((8, 4), value)}, "b": jnp.full((3,), -value)}
   average = jax.tree.map(lambda x: x + 1, params) if ema else None
   state = TrainState(
@@ -33,6 +37,7 @@ def _state(value, *, ema=False):
     params=params,
     opt_state=_ADAM.init(params),
     ema=average,
+    balance_weights=jnp.full(2, 0.25 * value) if adaptive else None,
   )
   return state
 
@@ -66,12 +71,13 @@ def _save(saved, step, config, loss=None, **fields):
   )
 
 
-@pytest.mark.parametrize("ema", [False, True])
-def test_everything_comes_back(directory, config, ema):
+@pytest.mark.parametrize("every", [False, True])
+def test_everything_comes_back(directory, config, every):
+  options = dict(ema=every, adaptive=every)
   with Checkpoints(directory, config=CheckpointConfig()) as saved:
     assert saved.latest_step is None
-    _save(saved, 3, config, ema=ema)
-  state = _state(3.0, ema=ema)
+    _save(saved, 3, config, **options)
+  state = _state(3.0, **options)
   with Checkpoints(directory, config=CheckpointConfig()) as saved:
     assert saved.latest_step == 3
     restored, progress = saved.restore(_abstract(state), config=config)
@@ -188,6 +194,33 @@ def test_a_checkpoint_of_before_there_were_growth_masks_fits(directory, config):
   old = copy.deepcopy(config)
   del old["train"]["mask_steps"], old["model"]["growth_mask"]
   check_same(old, config, what=directory, path="config.stages.a")
+
+
+def test_a_checkpoint_of_before_routing_had_options_fits(tiny):
+  moe = ("gate_scale", "choice", "selection_bias", "logit_normalisation")
+  moe += ("num_groups", "top_groups", "group_score", "input_jitter")
+  loss = ("balance_over", "adaptive_balance", "bias_rate")
+
+  def differences(**fields):
+    now = saved_config(model=tiny.moe(), train=tiny.config(**fields), others={})
+    old = copy.deepcopy(now)
+    for name in (*moe, "logit_noise"):
+      del old["model"]["moe"][name]
+    for name in loss:
+      del old["train"]["loss"][name]
+    try:
+      check_same(old, now, what=epath.Path("it"), path="config")
+    except errors.UserError as error:
+      return str(error).rsplit(": ", 2)[1:]
+
+  assert differences() is None
+  # Under accumulation the loss was another one.
+  assert differences(num_microbatches=2) == [
+    "config.train.loss.balance_over",
+    "'micro_batch' -> 'global'",
+  ]
+  before = LossConfig(balance_over="micro_batch")
+  assert differences(num_microbatches=2, loss=before) is None
 
 
 # Saves step 1 whole, then is killed as soon as step 2 stands half-written.

@@ -12,8 +12,10 @@ from etils import epath
 
 from aquila_jax.core import errors
 from aquila_jax.core.experiment_config import (
+  AdaptiveBalance,
   CheckpointConfig,
   FreezeConfig,
+  LossConfig,
   OptimizerConfig,
 )
 from aquila_jax.core.model_config import GrowthMask, MoeConfig
@@ -106,6 +108,7 @@ def every_option(tiny):
     optimizer=OptimizerConfig(
       learning_rate=0.01, warmup_steps=2, ema_decay=0.9
     ),
+    loss=LossConfig(balance_over="running", adaptive_balance=AdaptiveBalance()),
     checkpoint=CheckpointConfig(
       every_steps=4, every_seconds=0.0, keep_last=1, keep_best=1
     ),
@@ -113,10 +116,20 @@ def every_option(tiny):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tiny, every_option, tmp_path_factory):
+def mixture(tiny):
+  """Noise in the routers, and a bias that is no optimizer's."""
+  model = tiny.moe()
+  moe = dataclasses.replace(
+    model.moe, input_jitter=0.01, logit_noise=0.1, selection_bias=True
+  )
+  return dataclasses.replace(model, moe=moe)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny, mixture, every_option, tmp_path_factory):
   job = tiny.job(
     tmp_path_factory.mktemp("unbroken"),
-    model=tiny.moe(),
+    model=mixture,
     config=every_option,
     evaluate=_evaluate,
   )
@@ -134,10 +147,10 @@ def unbroken(tiny, every_option, tmp_path_factory):
   ],
 )
 def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(
-  tiny, every_option, unbroken, tmp_path, meddles, error
+  tiny, mixture, every_option, unbroken, tmp_path, meddles, error
 ):
   job = tiny.job(
-    tmp_path, model=tiny.moe(), config=every_option, evaluate=_evaluate
+    tmp_path, model=mixture, config=every_option, evaluate=_evaluate
   )
   for meddle in meddles:
     with pytest.raises(error):
@@ -219,6 +232,9 @@ def test_a_row_has_every_number(unbroken):
     "load_entropy",
     "load_max_over_mean",
     "dropped_share",
+    "router_entropy",
+    "top_gate",
+    "balance_weight",
     "tokens",
     "flops",
     "wall_s",

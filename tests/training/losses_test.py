@@ -10,6 +10,7 @@ import pytest
 from aquila_jax.core.experiment_config import LossConfig
 from aquila_jax.core.types import RoutingStats
 from aquila_jax.training import losses
+from aquila_jax.training.balance import BalanceInputs
 
 _NONE = LossConfig(balance=0.0, router_z=0.0)
 
@@ -25,10 +26,14 @@ def logits():
 
 
 def _routing(scale=1.0):
+  # E sum f P: 2 (1/4 1/2 + 3/4 1/2) = 1 and 2 (1/2 1 + 1/2 1) = 2.
   return RoutingStats(
-    balance_loss=scale * jnp.array([1.0, 2.0]),
-    z_loss=scale * jnp.array([3.0, 5.0]),
     load=scale * jnp.array([[0.25, 0.75], [0.5, 0.5]]),
+    probability=scale * jnp.array([[0.5, 0.5], [1.0, 1.0]]),
+    sequence_balance=scale * jnp.array([1.25, 2.25]),
+    z_loss=scale * jnp.array([3.0, 5.0]),
+    entropy=scale * jnp.array([0.5, 0.6]),
+    top_gate=scale * jnp.array([0.7, 0.8]),
     dropped=scale * jnp.array([0.0, 0.1]),
   )
 
@@ -86,6 +91,22 @@ def test_a_weight_adds_its_term(logits, batch, field, mean):
     mean = getattr(terms, field)
   expected = terms.cross_entropy + 0.5 * mean
   np.testing.assert_allclose(terms.total, expected, rtol=1e-6)
+
+
+def test_adaptive_weights_take_the_place_of_the_constant(logits, batch):
+  config = dataclasses.replace(_NONE, balance=9.0)
+  terms = losses.loss_terms(
+    logits,
+    _routing(),
+    batch=batch,
+    totals=losses.batch_totals(batch),
+    config=config,
+    num_languages=2,
+    balance=BalanceInputs(weights=jnp.array([0.5, 0.25])),
+  )
+  # (0.5 * 1 + 0.25 * 2) / 2
+  np.testing.assert_allclose(terms.total, terms.cross_entropy + 0.5, rtol=1e-6)
+  np.testing.assert_allclose(np.asarray(terms.balance), [1.0, 2.0], rtol=1e-6)
 
 
 def test_gradient_of_cross_entropy_is_softmax_minus_one_hot(logits, batch):

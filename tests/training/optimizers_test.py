@@ -109,6 +109,20 @@ def test_update_matches_plain_adamw(
   assert int(get_moments(state).count) == 3
 
 
+def test_a_selection_bias_is_never_decayed():
+  axes = {
+    "bias": LeafAxes((writes("expert"),), is_selection_bias=True),
+    "other": LeafAxes((writes("expert"),)),
+  }
+  config = OptimizerConfig(learning_rate=1.0, decay_vectors=True)
+  optimizer = make_optimizer(config, axes)
+  params: Any = {name: jnp.ones(4) for name in axes}
+  nothing = jax.tree.map(jnp.zeros_like, params)
+  updates: Any = optimizer.update(nothing, optimizer.init(params), params)[0]
+  np.testing.assert_array_equal(updates["bias"], 0)
+  np.testing.assert_allclose(updates["other"], 0.1)
+
+
 _GROWN_AXES = {
   "gate": LeafAxes(
     (neither("layer"), neither("expert"), reads("embed"), writes("mlp"))

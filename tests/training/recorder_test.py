@@ -135,12 +135,16 @@ def test_rates_are_of_the_window_and_seconds_of_the_stage(monkeypatch):
 
 def test_routing_is_reported_a_layer():
   routing = RoutingStats(
-    balance_loss=jnp.array([1.0, 2.0]),
-    z_loss=jnp.array([3.0, 5.0]),
     load=jnp.array([[0.25, 0.25, 0.25, 0.25], [0.5, 0.0, 0.5, 0.0]]),
+    probability=jnp.full((2, 4), 0.25),
+    sequence_balance=jnp.array([7.0, 7.0]),
+    z_loss=jnp.array([3.0, 5.0]),
+    entropy=jnp.array([0.5, 1.0]),
+    top_gate=jnp.array([0.75, 0.5]),
     dropped=jnp.array([0.0, 0.125]),
   )
-  fields = routing_fields(routing, layers=(0, 1))
+  metrics = _metrics().replace(routing=routing, balance=jnp.array([1.0, 2.0]))
+  fields = routing_fields(metrics, layers=(0, 1))
   assert fields.pop("load_entropy") == pytest.approx([math.log(4), math.log(2)])
   assert fields == {
     "balance_loss": 1.5,
@@ -148,20 +152,36 @@ def test_routing_is_reported_a_layer():
     "expert_load": [[0.25, 0.25, 0.25, 0.25], [0.5, 0.0, 0.5, 0.0]],
     "load_max_over_mean": [1.0, 2.0],
     "dropped_share": [0.0, 0.125],
+    "router_entropy": [0.5, 1.0],
+    "top_gate": [0.75, 0.5],
   }
+  weighed = metrics.replace(balance_weights=jnp.array([0.5, 0.25]))
+  fields = routing_fields(weighed, layers=(0, 1))
+  assert fields["balance_weight"] == [0.5, 0.25]
 
 
 def test_routing_of_some_layers_is_reported_at_their_numbers():
+  ones = jnp.ones(2)
   routing = RoutingStats(
-    balance_loss=jnp.array([1.0, 2.0]),
-    z_loss=jnp.array([3.0, 5.0]),
     load=jnp.array([[0.5, 0.5], [1.0, 0.0]]),
+    probability=jnp.full((2, 2), 0.5),
+    sequence_balance=ones,
+    z_loss=ones,
+    entropy=ones,
+    top_gate=jnp.array([0.75, 0.5]),
     dropped=jnp.array([0.0, 0.125]),
   )
-  fields = routing_fields(routing, layers=(1, 3))
+  metrics = _metrics().replace(
+    routing=routing,
+    balance=jnp.array([1.0, 2.0]),
+    balance_weights=jnp.array([0.5, 0.25]),
+  )
+  fields = routing_fields(metrics, layers=(1, 3))
   assert fields["balance_loss"] == 1.5
   assert fields["expert_load"] == [None, [0.5, 0.5], None, [1.0, 0.0]]
   assert fields["load_max_over_mean"] == [None, 1.0, None, 2.0]
   assert fields["dropped_share"] == [None, 0.0, None, 0.125]
+  assert fields["top_gate"] == [None, 0.75, None, 0.5]
+  assert fields["balance_weight"] == [None, 0.5, None, 0.25]
   names = [name for name, _ in scalars(fields)]
   assert "expert_load/3/0" in names and "expert_load/0/0" not in names

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from aquila_jax.core.experiment_config import (
+  AdaptiveBalance,
   FreezeConfig,
   LossConfig,
   MeshConfig,
@@ -19,6 +21,7 @@ from aquila_jax.sharding.mesh import make_mesh
 from aquila_jax.training import inputs, losses
 from aquila_jax.training import state as state_lib
 from aquila_jax.training import step as step_lib
+from aquila_jax.training.balance import initial_weights
 from aquila_jax.training.freezing import trainable_masks
 from aquila_jax.training.optimizers import learning_rate, make_optimizer
 
@@ -33,7 +36,7 @@ def _gradient(state):
   return get_moments(state.opt_state).mu
 
 
-_UNBALANCED = LossConfig(balance=0.0, router_z=0.1, lm_z=0.01, lm_max_z=0.01)
+_ALL_TERMS = LossConfig(router_z=0.1, lm_z=0.01, lm_max_z=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,7 @@ def run(tiny):
       axes=axes,
       mesh=mesh,
       keep_ema=config.optimizer.ema_decay is not None,
+      balance_weights=initial_weights(config.loss, model),
     )
     batch_like = step_lib.abstract_batch(config, mesh=mesh)
     step = step_lib.jit_train_step(
@@ -73,7 +77,10 @@ def run(tiny):
     )
     params = tiny.params(model) if params is None else params
     state = state_lib.place_initial(
-      state_lib.InitialModel(params=params), optimizer=optimizer, like=like
+      state_lib.InitialModel(params=params),
+      optimizer=optimizer,
+      like=like,
+      balance_weights=initial_weights(config.loss, model),
     )
     metrics = None
     for i in range(steps):
@@ -150,22 +157,63 @@ def test_loss_goes_down(tiny, run, dense):
   assert float(metrics.loss) < float(dense[1].loss) - 0.3
 
 
-def test_accumulation_is_exact_but_for_the_balance_loss(tiny, run):
+def test_accumulation_changes_nothing(tiny, run):
+  loss = dataclasses.replace(_ALL_TERMS, balance=0.1)
   states = [
-    run(tiny.config(loss=_UNBALANCED, num_microbatches=n), model=tiny.moe())
+    run(tiny.config(loss=loss, num_microbatches=n), model=tiny.moe())
     for n in (1, 2)
   ]
   (one, one_metrics), (two, two_metrics) = states
   _close(_gradient(one), _gradient(two))
-  _close(
-    one_metrics.replace(routing=one_metrics.routing.replace(balance_loss=0)),
-    two_metrics.replace(routing=two_metrics.routing.replace(balance_loss=0)),
-  )
+  _close(one_metrics, two_metrics)
   np.testing.assert_allclose(one_metrics.routing.load.sum(-1), 1.0, rtol=1e-5)
+  np.testing.assert_allclose(
+    one_metrics.balance, one_metrics.routing.balance_loss, rtol=1e-5
+  )
+
+
+def _bias(params):
+  return np.asarray(params["layers"]["mlp"]["router"]["selection_bias"])
+
+
+def test_a_selection_bias_is_moved_by_its_rule_alone(tiny, run):
+  """Not decayed, and not where the layer is frozen; averaged as all else."""
+  model = tiny.moe()
+  moe = dataclasses.replace(model.moe, selection_bias=True)
+  model = dataclasses.replace(model, moe=moe)
+  params = jax.tree.map(jnp.copy, tiny.params(model))
+  assert not _bias(params).any()
+  start = jnp.asarray([[0.5, 0.0, 0.0, 0.5], [0.0, 0.5, 0.5, 0.0]])
+  params["layers"]["mlp"]["router"]["selection_bias"] = start
+  optimizer = OptimizerConfig(
+    learning_rate=0.1, decay_vectors=True, ema_decay=0.75
+  )
+  config = tiny.config(
+    optimizer=optimizer,
+    freeze=FreezeConfig(layers=(0, 1)),
+    loss=LossConfig(bias_rate=0.125, adaptive_balance=AdaptiveBalance()),
+  )
+  state, metrics = run(config, model=model, params=params)
+  moved = 0.125 * np.sign(0.25 - np.asarray(metrics.routing.load[1]))
+  expected = np.stack([start[0], start[1] + moved])
+  assert np.abs(moved).sum() > 0
+  np.testing.assert_array_equal(_bias(state.params), expected)
+  average = np.stack([start[0], start[1] + 0.25 * moved])
+  np.testing.assert_array_equal(_bias(state.ema), average)
+  moments = get_moments(state.opt_state)
+  assert not _bias(moments.mu).any() and not _bias(moments.nu).any()
+  # The weights of the step are those before it.
+  before = np.full(2, 0.001, np.float32)
+  np.testing.assert_array_equal(metrics.balance_weights, before)
+  load = np.asarray(metrics.routing.load, np.float64)
+  target = np.minimum(0.2 * np.maximum(load - 0.25, 0).sum(-1), 0.01)
+  np.testing.assert_allclose(
+    state.balance_weights, 0.99 * before + 0.01 * target, rtol=1e-5
+  )
 
 
 def test_sharded_matches_one_device(tiny, run):
-  config = tiny.config(loss=_UNBALANCED, num_microbatches=2)
+  config = tiny.config(loss=_ALL_TERMS, num_microbatches=2)
   one, one_metrics = run(config, model=tiny.moe())
   mesh = make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
   four, four_metrics = run(config, model=tiny.moe(), mesh=mesh)

@@ -1,7 +1,9 @@
 """Tokens to blocks of rows of one expert, and back: dropless or capacity.
 
-Both variants answer with a `Dispatch`; nothing after it knows which one it
-was. Rows move by gathers in both directions, also in the backward pass.
+A dispatcher answers with a `Dispatch`, an object that moves rows out and back;
+nothing after it knows which one it was. Here tokens have chosen; experts choose
+in expert_choice.py. Rows move by gathers in both directions, also in the
+backward pass.
 """
 
 from __future__ import annotations
@@ -17,24 +19,85 @@ from jaxtyping import Array, Bool, Float, Int
 
 from aquila_jax.core.model_config import MoeConfig
 from aquila_jax.core.types import Leaf
-from aquila_jax.layers.moe.router import Routing
+from aquila_jax.layers.moe.router import Affinity
+from aquila_jax.layers.moe.selection import Routing, choose
 
 
-class Dispatch(struct.PyTreeNode):
-  """Where every routed row goes. R = M * A assignments, P * Q slots."""
+class Meetings(struct.PyTreeNode):
+  """Which tokens and experts were meant to meet, for losses and statistics."""
 
-  slot: Leaf  # int [R]; of an assignment; P * Q where it was dropped
-  assignment: Leaf  # int [slots]; in a slot; R where the slot is empty
-  block_expert: Leaf  # int [P]
-  num_blocks: Leaf  # int []; blocks in use; they come first
-  kept: Leaf  # bool [M A]
+  assigned: Leaf  # bool [M E]; chosen, whether or not a slot was found
+  ids: Leaf  # int [M A]; the experts of a token, -1 is none
+  top_gate: Leaf  # float [M]; a token's largest gate, 0 where it has none
+  dropped: Leaf  # float []; the share that the dispatcher could not serve
 
 
 @runtime_checkable
-class Dispatcher(Protocol):
-  """A way to place the rows of a batch into blocks of one expert each."""
+class Dispatch(Protocol):
+  """Where rows go: P blocks of Q slots, each block of one expert."""
 
-  def dispatch(self, routing: Routing) -> Dispatch:
+  block_expert: Leaf  # int [P]
+  num_blocks: Leaf  # int []; blocks in use; they come first
+
+  def gather(self, x: Float[Array, "M D"]) -> Float[Array, "P Q D"]:
+    """The rows of all slots, in blocks; an empty slot holds zeros."""
+    ...
+
+  def combine(self, rows: Float[Array, "P Q D"]) -> Float[Array, "M D"]:
+    """The sum over a token's slots of gate * row, in the rows' dtype."""
+    ...
+
+  def meetings(self) -> Meetings:
+    """See `Meetings`."""
+    ...
+
+
+class TokenDispatch(struct.PyTreeNode):
+  """Tokens have chosen. R = M * A assignments, P * Q slots."""
+
+  routing: Routing
+  slot: Leaf  # int [R]; of an assignment; P * Q where it was dropped
+  assignment: Leaf  # int [slots]; in a slot; R where the slot is empty
+  block_expert: Leaf  # int [P]
+  num_blocks: Leaf  # int []
+  kept: Leaf  # bool [M A]
+
+  def gather(self, x: Float[Array, "M D"]) -> Float[Array, "P Q D"]:
+    num_blocks, top_k = self.block_expert.shape[0], self.kept.shape[1]
+    routed = jnp.repeat(x, top_k, axis=0)  # (M, D) -> (R, D)
+    rows = _permute(routed, self.assignment, self.slot)
+    return rows.reshape(num_blocks, -1, x.shape[-1])
+
+  def combine(self, rows: Float[Array, "P Q D"]) -> Float[Array, "M D"]:
+    """A dropped assignment adds zero."""
+    gates = self.routing.gates
+    flat = rows.reshape(-1, rows.shape[-1])
+    routed = _permute(flat, self.slot, self.assignment)
+    routed = routed.reshape(*gates.shape, -1)  # (R, D) -> (M, A, D)
+    return jnp.einsum("MAD,MA->MD", routed, gates.astype(routed.dtype))
+
+  def meetings(self) -> Meetings:
+    """`dropped` is the share of the valid tokens' assignments."""
+    experts, valid = self.routing.experts, self.routing.valid[:, None]
+    every = jnp.arange(self.routing.num_experts, dtype=experts.dtype)
+    # (M, A, 1) == (1, 1, E)
+    assigned = jnp.any(experts[:, :, None] == every[None, None], axis=1)
+    num_assigned = jnp.maximum(jnp.sum(valid) * experts.shape[1], 1)
+    dtype = self.routing.gates.dtype
+    lost = jnp.sum(valid & ~self.kept).astype(dtype)
+    return Meetings(
+      assigned=assigned & valid,
+      ids=jnp.where(valid, experts, -1),
+      top_gate=jnp.max(self.routing.gates, axis=-1),
+      dropped=lost / num_assigned.astype(dtype),
+    )
+
+
+@runtime_checkable
+class Placement(Protocol):
+  """A way to place what tokens have chosen into blocks of one expert each."""
+
+  def place(self, routing: Routing) -> TokenDispatch:
     """Places every assignment of a valid token, or drops it."""
     ...
 
@@ -45,8 +108,8 @@ class Dropless:
 
   block_size: int
 
-  def dispatch(self, routing: Routing) -> Dispatch:
-    num_experts = routing.logits.shape[-1]
+  def place(self, routing: Routing) -> TokenDispatch:
+    num_experts = routing.num_experts
     num_rows = routing.experts.size
     size = self.block_size
     # sum_e ceil(c_e / Q) <= (R + E (Q - 1)) / Q
@@ -78,8 +141,8 @@ class Capacity:
 
   factor: float
 
-  def dispatch(self, routing: Routing) -> Dispatch:
-    num_experts = routing.logits.shape[-1]
+  def place(self, routing: Routing) -> TokenDispatch:
+    num_experts = routing.num_experts
     num_rows = routing.experts.size
     capacity = max(1, math.ceil(self.factor * num_rows / num_experts))
     position, _ = _positions(routing)
@@ -93,18 +156,29 @@ class Capacity:
     )
 
 
-def make_dispatcher(config: MoeConfig) -> Dispatcher:
-  """The dispatcher that `config` asks for."""
+def make_placement(config: MoeConfig) -> Placement:
+  """The placement that `config` asks for."""
   if config.capacity_factor is None:
     return Dropless(config.block_size)
   return Capacity(config.capacity_factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenChoice:
+  """Every token goes to its own `top_k` experts."""
+
+  config: MoeConfig
+
+  def dispatch(self, affinity: Affinity) -> Dispatch:
+    routing = choose(affinity, self.config)
+    return make_placement(self.config).place(routing)
 
 
 def _positions(
   routing: Routing,
 ) -> tuple[Int[Array, "R"], Int[Array, "E"]]:
   """Each assignment's place in its expert's group, and the groups' sizes."""
-  num_experts = routing.logits.shape[-1]
+  num_experts = routing.num_experts
   experts = routing.experts.reshape(-1)  # (M, A) -> (R,)
   valid = jnp.repeat(routing.valid, routing.experts.shape[-1])
   every = jnp.arange(num_experts, dtype=experts.dtype)
@@ -122,7 +196,7 @@ def _place(
   num_slots: int,
   block_expert: Int[Array, "P"],
   num_blocks: Int[Array, ""],
-) -> Dispatch:
+) -> TokenDispatch:
   num_tokens, top_k = routing.experts.shape
   kept = fits & jnp.repeat(routing.valid, top_k)
   slot = jnp.where(kept, slot, num_slots)
@@ -130,37 +204,14 @@ def _place(
   assignment = assignment.at[slot].set(
     jnp.arange(slot.size, dtype=jnp.int32), mode="drop"
   )
-  return Dispatch(
+  return TokenDispatch(
+    routing=routing,
     slot=slot,
     assignment=assignment,
     block_expert=block_expert,
     num_blocks=num_blocks,
     kept=kept.reshape(num_tokens, top_k),
   )
-
-
-def gather_rows(
-  x: Float[Array, "M D"], dispatch: Dispatch
-) -> Float[Array, "P Q D"]:
-  """The rows of all slots, in blocks; an empty slot holds zeros."""
-  num_blocks = dispatch.block_expert.shape[0]
-  top_k = dispatch.kept.shape[1]
-  routed = jnp.repeat(x, top_k, axis=0)  # (M, D) -> (R, D)
-  rows = _permute(routed, dispatch.assignment, dispatch.slot)
-  return rows.reshape(num_blocks, -1, x.shape[-1])
-
-
-def combine_rows(
-  rows: Float[Array, "P Q D"],
-  dispatch: Dispatch,
-  *,
-  gates: Float[Array, "M A"],
-) -> Float[Array, "M D"]:
-  """sum_a gate * row of each token's slots; a dropped assignment adds zero."""
-  flat = rows.reshape(-1, rows.shape[-1])
-  routed = _permute(flat, dispatch.slot, dispatch.assignment)
-  routed = routed.reshape(*gates.shape, -1)  # (R, D) -> (M, A, D)
-  return jnp.einsum("MAD,MA->MD", routed, gates.astype(routed.dtype))
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:

@@ -1,18 +1,41 @@
-"""The mixture of experts: router -> dispatch -> experts -> combine."""
+"""The mixture of experts: router -> choice -> gather -> experts -> combine."""
 
 from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from aquila_jax.core import axes
-from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.core.model_config import ModelConfig, MoeConfig
 from aquila_jax.core.types import RoutingStats
 from aquila_jax.kernels.expert_ffn import api as expert_ffn
 from aquila_jax.layers import feed_forward
-from aquila_jax.layers.moe import dispatch, losses, router
+from aquila_jax.layers.moe import losses
+from aquila_jax.layers.moe.dispatch import Dispatch, Meetings, TokenChoice
+from aquila_jax.layers.moe.expert_choice import ExpertChoice
+from aquila_jax.layers.moe.router import Affinity, Router
+from aquila_jax.layers.moe.scoring import make_scoring
 from aquila_jax.layers.moe.shared_expert import SharedExpert
+
+
+@runtime_checkable
+class Choice(Protocol):
+  """Who meets whom, and where: tokens choose experts, or experts tokens."""
+
+  def dispatch(self, affinity: Affinity) -> Dispatch:
+    """The plan for one batch of tokens."""
+    ...
+
+
+_CHOICES = {"token": TokenChoice, "expert": ExpertChoice}
+
+
+def make_choice(config: MoeConfig) -> Choice:
+  """The choice that `config` asks for."""
+  return _CHOICES[config.choice](config)
 
 
 class MoeFeedForward(nn.Module):
@@ -39,22 +62,39 @@ class MoeFeedForward(nn.Module):
     moe = self.config.moe
     assert moe is not None
     tokens = x.reshape(-1, x.shape[-1])  # (B, T, D) -> (M, D)
-    routing = router.Router(self.config, moe, name="router")(
+    affinity = Router(self.config, moe, name="router")(
       tokens, valid=segments.reshape(-1) > 0
     )
-    plan = dispatch.make_dispatcher(moe).dispatch(routing)
+    plan = make_choice(moe).dispatch(affinity)
     rows = expert_ffn.expert_ffn(
-      dispatch.gather_rows(tokens, plan),
+      plan.gather(tokens),
       self._kernels(moe.num_experts, x.dtype, mask=mask),
       block_expert=plan.block_expert,
       num_blocks=plan.num_blocks,
     )
-    out = dispatch.combine_rows(rows, plan, gates=routing.gates)
+    out = plan.combine(rows)
     if moe.shared_expert_dim:
       shared = SharedExpert(self.config, name="shared")(tokens)
-      out = out + shared * routing.valid[:, None].astype(shared.dtype)
-    stats = losses.routing_stats(routing, kept=plan.kept)
+      out = out + shared * affinity.valid[:, None].astype(shared.dtype)
+    meetings = plan.meetings()
+    self._sow(meetings, num_rows=x.shape[0])
+    stats = losses.routing_stats(
+      affinity,
+      make_scoring(moe).probability(affinity.logits),
+      meetings=meetings,
+      num_rows=x.shape[0],
+    )
     return out.reshape(x.shape), stats
+
+  def _sow(self, meetings: Meetings, *, num_rows: int) -> None:
+    """Experts of every token, int [B T A], where `intermediates` are wanted.
+
+    -1 is none: of padding; where experts choose, A is E and every expert has a
+    place.
+    """
+    if self.is_mutable_collection("intermediates"):
+      ids = meetings.ids.reshape(num_rows, -1, meetings.ids.shape[-1])
+      self.sow("intermediates", "experts", ids)
 
   def _kernels(
     self, num_experts: int, dtype: jnp.dtype, *, mask: Float[Array, "F"] | None

@@ -1,49 +1,75 @@
-"""Balance loss, router z-loss and load, over tokens that are not padding."""
+"""Losses and load of one layer, over tokens that are not padding."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Float
 
 from aquila_jax.core.types import RoutingStats
-from aquila_jax.layers.moe.router import Routing
+from aquila_jax.layers.moe.dispatch import Meetings
+from aquila_jax.layers.moe.router import Affinity
 
 
 def routing_stats(
-  routing: Routing, *, kept: Bool[Array, "M A"]
+  affinity: Affinity,
+  probability: Float[Array, "M E"],
+  *,
+  meetings: Meetings,
+  num_rows: int,
 ) -> RoutingStats:
-  """The layer's losses and load.
+  """What the layer says of its routing.
 
-  With p = softmax(logits), f_i = (assignments to i) / (A M) and P_i = mean p_i:
-  balance = E sum_i f_i P_i (Switch Transformer, arXiv 2101.03961, eq. 4, with f
-  over all A choices), which is 1 when balanced; z = mean logsumexp(logits)^2
-  (ST-MoE, arXiv 2202.08906, eq. 5). f counts what the router chose, dropped or
-  not, and carries no gradient; M counts valid tokens only.
+  With f_i the share of all assignments that expert i gets, and P_i the mean of
+  p_i over tokens, the balance loss is E sum_i f_i P_i (Switch Transformer,
+  arXiv 2101.03961, eq. 4, with f over all A choices): 1 when balanced. The
+  product is taken where the batch is known that f is of (training/balance.py).
+  `sequence_balance` is that of each of the B rows (DeepSeek-V3, arXiv
+  2412.19437, eqs. 17-20), mean over rows by their tokens.
+
+    z_loss = mean logsumexp(x W)^2         (ST-MoE, arXiv 2202.08906, eq. 5)
+    entropy = mean of -sum_i p_i log p_i
+
+  f counts what was chosen, whether or not a slot was found, and carries no
+  gradient.
 
   Args:
-    routing: the router's decision.
-    kept: which assignments found a slot; padding's value does not matter.
+    affinity: of the router.
+    probability: p, of the router's order.
+    meetings: of the dispatch.
+    num_rows: B; M tokens are as many rows of T.
 
   Returns:
-    The layer's RoutingStats.
+    The layer's statistics.
   """
-  num_experts = routing.logits.shape[-1]
-  dtype = routing.logits.dtype
-  valid = routing.valid.astype(dtype)
-  num_valid = jnp.maximum(jnp.sum(valid), 1)
-  num_assigned = num_valid * routing.experts.shape[-1]
+  dtype = affinity.logits.dtype
+  valid = affinity.valid.astype(dtype)
+  tokens = jnp.sum(valid.reshape(num_rows, -1), axis=1)  # (B,)
+  num_tokens = jnp.maximum(jnp.sum(tokens), 1)
 
-  chosen = jax.nn.one_hot(routing.experts, num_experts, dtype=dtype)
-  load = jnp.sum(chosen * valid[:, None, None], axis=(0, 1)) / num_assigned
-  probability = jax.nn.softmax(routing.logits, axis=-1) * valid[:, None]
-  mean_probability = jnp.sum(probability, axis=0) / num_valid
-  z = jax.nn.logsumexp(routing.logits, axis=-1)
-  lost = valid[:, None] * (1 - kept.astype(dtype))
+  def mean(values: Float[Array, "M"]) -> Float[Array, ""]:
+    return jnp.sum(values * valid) / num_tokens
+
+  def by_row(values: Float[Array, "M E"]) -> Float[Array, "B E"]:
+    return jnp.sum(values.reshape(num_rows, -1, values.shape[-1]), axis=1)
+
+  assigned = by_row(meetings.assigned.astype(dtype))
+  summed = by_row(probability * valid[:, None])
+  row_load = assigned / jnp.maximum(_total(assigned), 1)
+  rows = jnp.sum(row_load * summed, axis=-1)  # tokens of the row * sum f P
+  load = jnp.sum(assigned, axis=0)
+  z = jax.nn.logsumexp(affinity.plain, axis=-1)
+  still = jax.lax.stop_gradient(probability)
   return RoutingStats(
-    balance_loss=num_experts
-    * jnp.sum(jax.lax.stop_gradient(load) * mean_probability),
-    z_loss=jnp.sum(jnp.square(z) * valid) / num_valid,
-    load=load,
-    dropped=jnp.sum(lost) / num_assigned,
+    load=load / jnp.maximum(_total(load), 1),
+    probability=jnp.sum(summed, axis=0) / num_tokens,
+    sequence_balance=assigned.shape[-1] * jnp.sum(rows) / num_tokens,
+    z_loss=mean(jnp.square(z)),
+    entropy=mean(-jnp.sum(jax.scipy.special.xlogy(still, still), axis=-1)),
+    top_gate=mean(jax.lax.stop_gradient(meetings.top_gate)),
+    dropped=meetings.dropped,
   )
+
+
+def _total(counts: Float[Array, "*B E"]) -> Float[Array, "*B 1"]:
+  return jnp.sum(counts, axis=-1, keepdims=True)

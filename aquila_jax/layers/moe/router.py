@@ -1,4 +1,4 @@
-"""The router: which experts a token goes to, and with what weight."""
+"""The router: how well each expert suits each token, before any choice."""
 
 from __future__ import annotations
 
@@ -12,40 +12,35 @@ from aquila_jax.core import axes, dtypes
 from aquila_jax.core.model_config import ModelConfig, MoeConfig
 from aquila_jax.core.types import Leaf
 
+# The collection of random keys that routers draw from, where `apply` is given
+# one: in training, of a config with noise. Without it nothing is drawn.
+RNG = "router"
+# Added to the variance that logit_normalisation divides by.
+_EPSILON = 1e-6
 
-class Routing(struct.PyTreeNode):
-  """The router's decision for M tokens."""
 
-  logits: Leaf  # float [M E]; float32
-  experts: Leaf  # int [M A]; chosen experts, best first
-  gates: Leaf  # float [M A]; their weights, float32
+class Affinity(struct.PyTreeNode):
+  """What the router says of M tokens and E experts; at least float32."""
+
+  plain: Leaf  # float [M E]; logits x W, what the z-loss is of
+  logits: Leaf  # float [M E]; normalised and with noise, what scores are of
+  bias: Leaf | None  # float [E]; added to scores for the choice
   valid: Leaf  # bool [M]; False for padding: no place, no count
 
 
-def choose(
-  logits: Float[Array, "M E"], *, valid: Bool[Array, "M"], config: MoeConfig
-) -> Routing:
-  """Top-k experts and gates from router logits, in the logits' dtype.
-
-  `topk_then_softmax` (Mixtral): softmax over the A chosen logits; the gates sum
-  to one. `softmax_then_topk` (Switch, GShard): softmax over all E, then the A
-  largest, divided by their sum under `renormalise`. On ties the lowest expert
-  wins, as in `jax.lax.top_k`.
-  """
-  if config.router_order == "topk_then_softmax":
-    top_logits, experts = jax.lax.top_k(logits, config.top_k)
-    gates = jax.nn.softmax(top_logits, axis=-1)
-  else:
-    scores = jax.nn.softmax(logits, axis=-1)
-    gates, experts = jax.lax.top_k(scores, config.top_k)
-    if config.renormalise:
-      gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
-  gates = jnp.where(valid[:, None], gates, jnp.zeros((), gates.dtype))
-  return Routing(logits=logits, experts=experts, gates=gates, valid=valid)
-
-
 class Router(nn.Module):
-  """Logits x W, at least float32 whatever the compute dtype, then `choose`."""
+  """Logits x W, at least float32 whatever the compute dtype.
+
+  Under `logit_normalisation` = l, with mean and deviation over the experts
+  (Skywork-MoE, arXiv 2406.06563, section 4.1):
+
+    z = x W,   logits = l (z - mean(z)) / sqrt(var(z) + 1e-6)
+
+  In training x is first multiplied by U(1 - e, 1 + e), element by element
+  (Switch Transformer, arXiv 2101.03961, section 2.2: the experts get x as it
+  is), and N(0, s^2) is added to the logits (Shazeer et al., arXiv 1701.06538,
+  section 2.1, whose deviation is learned where ours is fixed).
+  """
 
   config: ModelConfig
   moe: MoeConfig
@@ -53,7 +48,7 @@ class Router(nn.Module):
   @nn.compact
   def __call__(
     self, x: Float[Array, "M D"], *, valid: Bool[Array, "M"]
-  ) -> Routing:
+  ) -> Affinity:
     kernel = self.param(
       "kernel",
       axes.declare(
@@ -64,5 +59,47 @@ class Router(nn.Module):
       jnp.dtype(self.config.param_dtype),
     )
     dtype = dtypes.at_least_float32(x.dtype)
-    logits = jnp.einsum("MD,DE->ME", x.astype(dtype), kernel.astype(dtype))
-    return choose(logits, valid=valid, config=self.moe)
+    x = self._jittered(x.astype(dtype))
+    plain = jnp.einsum("MD,DE->ME", x, kernel.astype(dtype))
+    logits = plain
+    if self.moe.logit_normalisation is not None:
+      logits = self.moe.logit_normalisation * _normalised(plain)
+    return Affinity(
+      plain=plain,
+      logits=self._noisy(logits),
+      bias=self._bias(dtype),
+      valid=valid,
+    )
+
+  def _bias(self, dtype: jnp.dtype) -> Float[Array, "E"] | None:
+    if not self.moe.selection_bias:
+      return None
+    bias = self.param(
+      "selection_bias",
+      axes.declare(
+        nn.initializers.zeros, [axes.writes("expert")], is_selection_bias=True
+      ),
+      (self.moe.num_experts,),
+      # It moves in steps of 0.001, which half precision would swallow.
+      dtypes.at_least_float32(jnp.dtype(self.config.param_dtype)),
+    )
+    return jax.lax.stop_gradient(bias.astype(dtype))
+
+  def _jittered(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+    e = self.moe.input_jitter
+    if not e or not self.has_rng(RNG):
+      return x
+    key = self.make_rng(RNG)
+    return x * jax.random.uniform(key, x.shape, x.dtype, 1 - e, 1 + e)
+
+  def _noisy(self, logits: Float[Array, "M E"]) -> Float[Array, "M E"]:
+    if not self.moe.logit_noise or not self.has_rng(RNG):
+      return logits
+    noise = jax.random.normal(self.make_rng(RNG), logits.shape, logits.dtype)
+    return logits + self.moe.logit_noise * noise
+
+
+def _normalised(logits: Float[Array, "M E"]) -> Float[Array, "M E"]:
+  centred = logits - jnp.mean(logits, axis=-1, keepdims=True)
+  variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+  return centred * jax.lax.rsqrt(variance + _EPSILON)

@@ -9,7 +9,7 @@ import pytest
 
 from aquila_jax.core.model_config import MoeConfig
 from aquila_jax.layers.moe import dispatch
-from aquila_jax.layers.moe.router import Routing
+from aquila_jax.layers.moe.selection import Routing
 
 
 def _routing(num_tokens=13, num_experts=5, top_k=2, *, seed=0, busy=None):
@@ -23,10 +23,10 @@ def _routing(num_tokens=13, num_experts=5, top_k=2, *, seed=0, busy=None):
     experts[:, 1:] = (busy + 1 + np.arange(top_k - 1)) % num_experts
   valid = np.arange(num_tokens) % 4 != 3
   return Routing(
-    logits=jnp.zeros((num_tokens, num_experts)),
     experts=jnp.asarray(experts, jnp.int32),
     gates=jnp.asarray(rng.normal(size=(num_tokens, top_k)), jnp.float32),
     valid=jnp.asarray(valid),
+    num_experts=num_experts,
   )
 
 
@@ -43,7 +43,7 @@ CASES = [
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 def test_dropless_places_every_valid_assignment_once(case, block_size):
   routing = _routing(**case)
-  plan = dispatch.Dropless(block_size).dispatch(routing)
+  plan = dispatch.Dropless(block_size).place(routing)
   slots = np.asarray(plan.slot).reshape(routing.experts.shape)
   num_slots = plan.assignment.size
   assert num_slots == plan.block_expert.size * block_size
@@ -67,7 +67,7 @@ def test_dropless_places_every_valid_assignment_once(case, block_size):
   # No block more than the groups need.
   counts = np.bincount(
     np.asarray(routing.experts)[np.asarray(routing.valid)].ravel(),
-    minlength=routing.logits.shape[1],
+    minlength=routing.num_experts,
   )
   assert plan.num_blocks == sum(-(-count // block_size) for count in counts)
 
@@ -76,9 +76,9 @@ def test_dropless_places_every_valid_assignment_once(case, block_size):
 @pytest.mark.parametrize("case", CASES)
 def test_capacity_keeps_the_first_of_every_expert(case, factor):
   routing = _routing(**case)
-  plan = dispatch.Capacity(factor).dispatch(routing)
+  plan = dispatch.Capacity(factor).place(routing)
   num_tokens, top_k = routing.experts.shape
-  num_experts = routing.logits.shape[1]
+  num_experts = routing.num_experts
   capacity = int(np.ceil(factor * num_tokens * top_k / num_experts))
   used = [0] * num_experts
   for token in range(num_tokens):
@@ -96,21 +96,20 @@ def test_capacity_keeps_the_first_of_every_expert(case, factor):
 
 
 @pytest.mark.parametrize(
-  "dispatcher", [dispatch.Dropless(4), dispatch.Capacity(0.6)]
+  "placement", [dispatch.Dropless(4), dispatch.Capacity(0.6)]
 )
-def test_rows_go_out_and_come_back_with_their_gates(dispatcher):
+def test_rows_go_out_and_come_back_with_their_gates(placement):
   routing = _routing()
-  plan = dispatcher.dispatch(routing)
   rng = np.random.default_rng(5)
   x = jnp.asarray(rng.normal(size=(13, 3)), jnp.float32)
   upstream = jnp.asarray(rng.normal(size=(13, 3)), jnp.float32)
 
   def through(x, gates):
-    rows = dispatch.gather_rows(x, plan)
-    return dispatch.combine_rows(rows, plan, gates=gates)
+    plan = placement.place(routing.replace(gates=gates))
+    return plan.combine(plan.gather(x))
 
   # Experts that do nothing: a token's row times the sum of its kept gates.
-  kept = np.asarray(plan.kept)
+  kept = np.asarray(placement.place(routing).kept)
   share = jnp.sum(jnp.where(kept, routing.gates, 0.0), axis=1, keepdims=True)
   np.testing.assert_allclose(through(x, routing.gates), x * share, atol=1e-6)
   x_grad, gate_grad = jax.grad(
@@ -123,8 +122,8 @@ def test_rows_go_out_and_come_back_with_their_gates(dispatcher):
 
 def test_empty_slots_hold_zeros():
   routing = _routing()
-  plan = dispatch.Dropless(4).dispatch(routing)
-  rows = dispatch.gather_rows(jnp.ones((13, 3)), plan).reshape(-1, 3)
+  plan = dispatch.Dropless(4).place(routing)
+  rows = plan.gather(jnp.ones((13, 3))).reshape(-1, 3)
   empty = np.asarray(plan.assignment) == routing.experts.size
   assert empty.any()
   np.testing.assert_array_equal(rows[empty], 0)
@@ -132,9 +131,9 @@ def test_empty_slots_hold_zeros():
 
 
 @pytest.mark.parametrize(
-  ("factor", "dispatcher"),
+  ("factor", "placement"),
   [(None, dispatch.Dropless(16)), (1.25, dispatch.Capacity(1.25))],
 )
-def test_config_chooses_the_dispatcher(factor, dispatcher):
+def test_config_chooses_the_placement(factor, placement):
   config = MoeConfig(capacity_factor=factor, block_size=16)
-  assert dispatch.make_dispatcher(config) == dispatcher
+  assert dispatch.make_placement(config) == placement
