@@ -215,7 +215,7 @@ def _named(fields: dict[str, Any]) -> str:
 @pytest.mark.parametrize("order", ORDERS, ids=_named)
 @pytest.mark.parametrize(
   ("top_k", "capacity_factor", "shared"),
-  list(itertools.product([1, 2, 4], [None, 0.6], [0, SHARED])),
+  list(itertools.product([1, 3], [None, 0.6], [0, SHARED])),
 )
 def test_tokens_choose_as_in_a_loop(order, top_k, capacity_factor, shared):
   fields = dict(top_k=top_k, capacity_factor=capacity_factor)
@@ -226,9 +226,8 @@ def test_tokens_choose_as_in_a_loop(order, top_k, capacity_factor, shared):
 @pytest.mark.parametrize(
   "more",
   [
-    dict(selection_bias=True),
-    dict(gate_scale=2.5, selection_bias=True, capacity_factor=0.6),
-    dict(logit_normalisation=1.5),
+    dict(gate_scale=2.5, selection_bias=True, top_k=3, capacity_factor=0.6),
+    dict(logit_normalisation=1.5, top_k=3),
   ],
   ids=_named,
 )
@@ -236,13 +235,13 @@ def test_a_bias_a_scale_and_normal_logits_do_as_in_a_loop(order, more):
   _check(_config(**order, **more))
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=_named)
-@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize(
+  "order",
+  [ORDERS[2], ORDERS[4], ORDERS[4] | dict(gate_scale=2.0)],
+  ids=_named,
+)
+@pytest.mark.parametrize("top_k", [1, 3])
 def test_experts_choose_as_in_a_loop(order, top_k):
-  if order["router_order"] == "topk_then_softmax" or order.get(
-    "renormalise", True
-  ):
-    order = dict(router_order="sigmoid", renormalise=False, gate_scale=2.0)
   _check(_config(choice="expert", top_k=top_k, **order))
 
 
