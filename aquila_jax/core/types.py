@@ -56,6 +56,9 @@ class RoutingStats(struct.PyTreeNode):
   entropy: Leaf  # float [*L]; mean entropy of a token's probabilities, nats
   top_gate: Leaf  # float [*L]; mean of a token's largest gate
   dropped: Leaf  # float [*L]; share of the assignments that found no slot
+  # float [*L I E]; share of all assignments that are of a token of group i and
+  # of an expert. None where tokens have no groups.
+  group_load: Leaf | None = None
 
   @property
   def balance_loss(self) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from aquila_jax.core import dtypes, errors
 from aquila_jax.core.model_config import ModelConfig
@@ -21,6 +21,7 @@ from aquila_jax.data.prepared import PreparedData
 from aquila_jax.evaluation.scores import LanguageScore, Scores
 from aquila_jax.generation.decoding import inference_config
 from aquila_jax.models.causality import warn_unless_causal
+from aquila_jax.models.chosen_experts import chosen_experts
 from aquila_jax.models.decoder_lm import DecoderLM
 
 
@@ -46,6 +47,9 @@ def _target_nats(
   nats = jax.nn.logsumexp(logits, axis=-1) - chosen
   # A product would turn an infinity of padding into NaN.
   return jnp.where(batch.weights > 0, nats, jnp.zeros((), nats.dtype))
+
+
+_experts = functools.partial(jax.jit, static_argnames="config")(chosen_experts)
 
 
 class Evaluator:
@@ -137,6 +141,28 @@ class Evaluator:
       row[f"bits_per_byte_{language}"] = score.bits_per_byte
     return row | {"validation_tokens": float(scores.overall.tokens)}
 
+  def route(
+    self, params: Params, *, mask_value: float | None = None
+  ) -> Int[np.ndarray, "L B T A"]:
+    """Where a mixture sends the tokens of the first batch of every language.
+
+    Args:
+      params: of the model.
+      mask_value: as of `scores`.
+
+    Returns:
+      As `chosen_experts`, the rows of all languages behind each other.
+    """
+    found = [
+      np.asarray(
+        _experts(
+          self._config, params, self._placed(batches[0]), mask_value=mask_value
+        )
+      )
+      for batches in self._batches.values()
+    ]
+    return np.concatenate(found, axis=1)
+
   def _score(
     self, params: Params, batches: Sequence[Batch], mask_value: float | None
   ) -> LanguageScore:
@@ -154,9 +180,13 @@ class Evaluator:
   def _run(
     self, params: Params, batch: Batch, mask_value: float | None
   ) -> Float[Array, "B T"]:
-    if self._sharding is not None:
-      batch = jax.device_put(batch, self._sharding)
+    batch = self._placed(batch)
     return _target_nats(self._config, params, batch, mask_value)
+
+  def _placed(self, batch: Batch) -> Batch:
+    if self._sharding is None:
+      return batch
+    return jax.device_put(batch, self._sharding)
 
 
 def evaluate(

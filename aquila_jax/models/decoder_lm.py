@@ -93,6 +93,7 @@ class Block(nn.Module):
     segments: Int[Array, "B T"],
     share: Float[Array, ""] | None = None,
     masks: Masks = NO_MASKS,
+    groups: Float[Array, "B T I"] | None = None,
   ) -> tuple[Float[Array, "B T D"], tuple[RoutingStats | None, KVCache | None]]:
     """`share` is how much the layer counts, this one's of `masks.layers`."""
     attended, cache = Attention(self.config, name="attention")(
@@ -111,7 +112,7 @@ class Block(nn.Module):
       out = FeedForward(self.config, name=name)(normed, mask=masks.mlp)
       return x + _shared(out, share), (None, cache)
     out, stats = MoeFeedForward(self.config, name="mlp")(
-      normed, segments=segments, mask=masks.mlp
+      normed, segments=segments, mask=masks.mlp, groups=groups
     )
     return x + _shared(out, share), (stats, cache)
 
@@ -152,6 +153,7 @@ class DecoderLM(nn.Module):
     cache: KVCache | ListedCache | None = None,
     last_only: bool = False,
     mask_value: Float[Array, ""] | float | None = None,
+    groups: Float[Array, "B T I"] | None = None,
   ) -> DecoderOutput:
     """Logits of the next token, for every token.
 
@@ -164,6 +166,8 @@ class DecoderLM(nn.Module):
       last_only: logits of the last token only, [B 1 V]; those of all tokens
         of a long prompt may be larger than the model.
       mask_value: in place of `config.growth_mask.value`; it may be traced.
+      groups: 1 where a token is of group i (a language); experts' load is
+        counted of each as well.
 
     Returns:
       Logits, the routing of every layer, and the grown cache.
@@ -178,7 +182,12 @@ class DecoderLM(nn.Module):
     scan = self._scan_mixed if config.is_mixed else self._scan
     layers: Any = self._list if self.listed else scan
     x, routing, cache = layers(
-      x, cache, positions=positions, segments=segments, masks=masks
+      x,
+      cache,
+      positions=positions,
+      segments=segments,
+      masks=masks,
+      groups=groups,
     )
     if last_only:
       x = x[:, -1:]
@@ -198,6 +207,7 @@ class DecoderLM(nn.Module):
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
     masks: Masks,
+    groups: Float[Array, "B T I"] | None,
   ) -> tuple[Float[Array, "B T D"], RoutingStats | None, KVCache | None]:
     layers = nn.scan(
       self._block(),
@@ -205,13 +215,13 @@ class DecoderLM(nn.Module):
       variable_axes={"params": 0, "intermediates": 0},
       split_rngs={"params": True, router.RNG: True},
       # Flax declares no type; pyright takes that of the default, an int.
-      in_axes=(0, nn.broadcast, nn.broadcast, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+      in_axes=(0, *2 * (nn.broadcast,), 0, *2 * (nn.broadcast,)),  # pyright: ignore[reportArgumentType]
       out_axes=0,
       length=self.config.num_layers,
       metadata_params={nn.meta.PARTITION_NAME: "layer"},
     )(self.config, name="layers")
     x, (routing, cache) = layers(
-      x, cache, positions, segments, masks.layers, masks
+      x, cache, positions, segments, masks.layers, masks, groups
     )
     return x, routing, cache
 
@@ -223,11 +233,12 @@ class DecoderLM(nn.Module):
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
     masks: Masks,
+    groups: Float[Array, "B T I"] | None,
   ) -> tuple[Float[Array, "B T D"], RoutingStats, KVCache | None]:
     layers: Any = mixed_layers(
       self.config, self._block(), initializing=self.is_initializing()
     )
-    return layers(x, cache, positions, segments, masks)
+    return layers(x, cache, positions, segments, masks, groups)
 
   def _list(
     self,
@@ -237,6 +248,7 @@ class DecoderLM(nn.Module):
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
     masks: Masks,
+    groups: Float[Array, "B T I"] | None,
   ) -> tuple[Float[Array, "B T D"], RoutingStats | None, ListedCache | None]:
     block = self._block()
     routings, caches = [], []
@@ -248,7 +260,9 @@ class DecoderLM(nn.Module):
         has_experts=i in self.config.moe_layers,
         name=_layer_name(i),
       )
-      x, (routing, one) = layer(x, one, positions, segments, share, masks)
+      x, (routing, one) = layer(
+        x, one, positions, segments, share, masks, groups
+      )
       if routing is not None:
         routings.append(routing)
       caches.append(one)

@@ -27,6 +27,7 @@ from aquila_jax.core.axes import Declared
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.types import RoutingStats
 from aquila_jax.layers.attention import KVCache
+from aquila_jax.layers.moe import router
 from aquila_jax.models import layer_runs
 from aquila_jax.models.growth_mask import Masks
 from aquila_jax.models.layer_runs import DENSE, EXPERTS, Run
@@ -102,6 +103,7 @@ class _MixedLayers(nn.Module):
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
     masks: Masks,
+    groups: Float[Array, "B T I"] | None,
   ) -> tuple[Float[Array, "B T D"], RoutingStats, KVCache | None]:
     """Gives the routing of the layers with experts, and the cache of all."""
     start, routings, caches = 0, [], []
@@ -112,15 +114,15 @@ class _MixedLayers(nn.Module):
       scanned: Any = nn.scan(
         _RunOfBlocks,
         variable_axes={"params": 0, "intermediates": 0},
-        split_rngs={"params": True},
+        split_rngs={"params": True, router.RNG: True},
         # As in decoder_lm.py.
-        in_axes=(0, nn.broadcast, nn.broadcast, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+        in_axes=(0, *2 * (nn.broadcast,), 0, *2 * (nn.broadcast,)),  # pyright: ignore[reportArgumentType]
         out_axes=0,
         length=run.repeats,
         metadata_params={nn.meta.PARTITION_NAME: "layer"},
       )(self.config, self.block, run.kinds, name=layer_runs.run_name(r))
       x, (routing, grown) = scanned(
-        x, rows(cache), positions, segments, rows(masks.layers), masks
+        x, rows(cache), positions, segments, rows(masks.layers), masks, groups
       )
       routings.append(_flat(routing))
       caches.append(_flat(grown))
@@ -145,6 +147,7 @@ class _RunOfBlocks(nn.Module):
     segments: Int[Array, "B T"],
     shares: Float[Array, "layers"] | None,
     masks: Masks,
+    groups: Float[Array, "B T I"] | None,
   ) -> tuple[Float[Array, "B T D"], tuple[RoutingStats | None, KVCache | None]]:
     """What is stacked is so over the block's layers, the routing of experts."""
     routings, grown = [], []
@@ -153,7 +156,9 @@ class _RunOfBlocks(nn.Module):
         self.config, has_experts=has_experts, name=layer_runs.block_name(i)
       )
       cache, share = jax.tree.map(lambda leaf, i=i: leaf[i], (caches, shares))
-      x, (routing, cache) = layer(x, cache, positions, segments, share, masks)
+      x, (routing, cache) = layer(
+        x, cache, positions, segments, share, masks, groups
+      )
       routings.append(routing)
       grown.append(cache)
     return x, (_combined(jnp.stack, routings), _combined(jnp.stack, grown))

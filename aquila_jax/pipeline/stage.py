@@ -308,6 +308,12 @@ def _job(
     evaluate=lambda params, step: evaluator(
       params, mask_value=None if mask is None else mask.at(step)
     ),
+    # Under a mask as a stage ends, so that only the router moves.
+    route=None
+    if model.moe is None
+    else lambda params: evaluator.route(
+      params, mask_value=None if mask is None else 1.0
+    ),
     config_path=start.path,
   )
 

@@ -96,8 +96,15 @@ class _Passes:
       positions=part.positions,
       segments=part.segments,
       mask_value=self.mask_value,
+      groups=self._languages(part),
       rngs=rngs,
     )
+
+  def _languages(self, part: Batch) -> Float[Array, "B T I"] | None:
+    """Of a mixture, whose load is logged a language."""
+    if self.of.model.moe is None:
+      return None
+    return jax.nn.one_hot(part.languages, self.of.num_languages)
 
   def load(self, part: Batch, number: Leaf) -> Float[Array, "L E"]:
     """A microbatch's share of the load; nothing behind the routers counts."""

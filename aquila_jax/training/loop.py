@@ -28,6 +28,7 @@ from aquila_jax.models.causality import warn_unless_causal
 from aquila_jax.training import inputs
 from aquila_jax.training import state as state_lib
 from aquila_jax.training import step as step_lib
+from aquila_jax.training.agreement import Route, RoutingWatch
 from aquila_jax.training.balance import initial_weights
 from aquila_jax.training.checkpointing import Checkpoints, saved_config
 from aquila_jax.training.compilation import compile_step
@@ -72,6 +73,8 @@ class TrainJob:
   identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # (parameters, step) -> numbers, with "loss" among them.
   evaluate: Callable[[Params, int], Mapping[str, float]] | None = None
+  # Where the tokens of a standing text go, of a mixture; None looks at none.
+  route: Route | None = None
   profile_steps: tuple[int, int] | None = None
   config_path: str = "config"  # dotted name of the stage's config
 
@@ -143,6 +146,7 @@ def train(job: TrainJob) -> TrainResult:
 
         if _save_is_due(job, run, saved, validation=validation, stop=signals):
           _save(job, run, saved=saved, validation=validation)
+          _watch(run, writer=writer)
         if signals.received is not None:
           raise Interrupted(run.step, signal_number=signals.received)
         if run.step == job.total_steps:
@@ -192,6 +196,7 @@ class _Run:
   recorder: Recorder
   validated_step: int  # the last one
   saved_at: float  # time.monotonic() of the last save
+  watch: RoutingWatch | None
 
 
 def _build(job: TrainJob) -> _Program:
@@ -285,7 +290,21 @@ def _start(job: TrainJob, program: _Program, *, saved: Checkpoints) -> _Run:
     recorder=recorder,
     validated_step=progress["validated_step"],
     saved_at=time.monotonic(),
+    watch=None
+    if job.route is None
+    else RoutingWatch.start(
+      job.route, state.params, layers=job.model.moe_layers, step=step
+    ),
   )
+
+
+def _watch(run: _Run, *, writer: MetricsWriter) -> None:
+  """Says how far routing has moved since the last checkpoint."""
+  if run.watch is None:
+    return
+  started = time.perf_counter()
+  writer.routing(run.watch.row(run.step, run.state.params))
+  run.recorder.clock.exclude(time.perf_counter() - started)
 
 
 def _validation_is_due(job: TrainJob, run: _Run, *, stop: StopSignals) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -39,9 +40,11 @@ class JsonlWriter:
 
 
 class MetricsWriter:
-  """The metrics of a workdir: `metrics.jsonl`, `validation.jsonl`, TensorBoard.
+  """The metrics of a workdir: three .jsonl files, and TensorBoard.
 
-  A context manager.
+  metrics.jsonl has the rows of logging steps, validation.jsonl those of
+  validations, routing.jsonl those of checkpoints of a mixture. A context
+  manager.
 
   Args:
     workdir: of the stage.
@@ -53,6 +56,10 @@ class MetricsWriter:
     self._train = JsonlWriter(workdir / "metrics.jsonl", last_step=last_step)
     self._validation = JsonlWriter(
       workdir / "validation.jsonl", last_step=last_step
+    )
+    self._routing: JsonlWriter | None = None
+    self._open_routing = functools.partial(
+      JsonlWriter, workdir / "routing.jsonl", last_step=last_step
     )
     # TensorBoard drops events from `purge_step` on that an earlier file has.
     self._events = SummaryWriter(
@@ -72,6 +79,13 @@ class MetricsWriter:
     self._validation.write(row)
     self._scalars(row, prefix="validation/")
 
+  def routing(self, row: Row) -> None:
+    """Writes the row of a checkpoint, of a mixture."""
+    if self._routing is None:
+      self._routing = self._open_routing()
+    self._routing.write(row)
+    self._scalars(row, prefix="routing/")
+
   def _scalars(self, row: Row, *, prefix: str = "") -> None:
     for name, value in scalars(row):
       if name != "step":
@@ -84,6 +98,8 @@ class MetricsWriter:
   def __exit__(self, *_: object) -> None:
     self._train.close()
     self._validation.close()
+    if self._routing is not None:
+      self._routing.close()
     self._events.close()
 
 

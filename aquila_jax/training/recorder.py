@@ -155,7 +155,9 @@ class Recorder:
     if last.growth_mask is not None:
       row["growth_mask"] = float(last.growth_mask)
     if last.routing is not None:
-      row |= routing_fields(last, layers=self._moe_layers)
+      row |= routing_fields(
+        last, layers=self._moe_layers, languages=self._languages
+      )
     row |= self._rates(step)
     row["epochs"] = dict(epochs)
     self.window = Window()
@@ -193,7 +195,9 @@ def _optimisation(last: StepMetrics) -> Row:
   }
 
 
-def routing_fields(last: StepMetrics, *, layers: Sequence[int]) -> Row:
+def routing_fields(
+  last: StepMetrics, *, layers: Sequence[int], languages: Sequence[str]
+) -> Row:
   """What a row says of the experts, a layer.
 
   With the load f [L E] (it sums to one a layer): entropy -sum f log f in nats
@@ -203,6 +207,7 @@ def routing_fields(last: StepMetrics, *, layers: Sequence[int]) -> Row:
   Args:
     last: the metrics of a step on the host, with routing.
     layers: which layers of the model have experts, in rising order.
+    languages: by index.
 
   Returns:
     Fields of a row. Lists are over the layers of the model, up to the last one
@@ -228,6 +233,15 @@ def routing_fields(last: StepMetrics, *, layers: Sequence[int]) -> Row:
     "router_entropy": by_layer(routing.entropy),
     "top_gate": by_layer(routing.top_gate),
   }
+  if routing.group_load is not None:
+    # Each language's assignments sum to one; None where it has none.
+    parts = np.asarray(routing.group_load, np.float64)
+    totals = parts.sum(-1, keepdims=True)
+    parts = np.divide(parts, totals, where=totals > 0, out=0 * parts)
+    row["expert_load_by_language"] = {
+      name: by_layer(parts[:, i]) if totals[:, i].all() else None
+      for i, name in enumerate(languages)
+    }
   if last.balance_weights is not None:
     row["balance_weight"] = by_layer(last.balance_weights)
   return row

@@ -229,6 +229,7 @@ def test_a_row_has_every_number(unbroken):
     "update_norm",
     "learning_rate",
     "expert_load",
+    "expert_load_by_language",
     "load_entropy",
     "load_max_over_mean",
     "dropped_share",
@@ -244,6 +245,10 @@ def test_a_row_has_every_number(unbroken):
     "epochs",
   }
   assert np.shape(row["expert_load"]) == (2, 4)
+  by_language = row["expert_load_by_language"]
+  assert set(by_language) == {"en", "zh"}
+  for loads in by_language.values():
+    np.testing.assert_allclose(np.sum(loads, axis=-1), [1, 1], rtol=1e-5)
   assert row["epochs"] == {"en": 0.56}
   assert row["tokens"] == 7 * 8 * 16
   assert 0 <= row["data_wait_share"] <= 1 and row["mfu"] > 0
@@ -563,8 +568,22 @@ def test_layers_of_two_kinds_freeze_average_and_come_back(tiny, tmp_path):
       learning_rate=0.01, warmup_steps=1, schedule="constant", ema_decay=0.5
     ),
   )
-  job = tiny.job(tmp_path, model=model, config=config)
+  seen = []
+
+  def route(params):
+    # As many ids as the calls before: every time others.
+    seen.append(params)
+    return np.full((2, 1, 3, 2), len(seen))
+
+  job = dataclasses.replace(
+    tiny.job(tmp_path, model=model, config=config), route=route
+  )
   result = train(job)
+  # The start, and the one checkpoint, at the end.
+  assert len(seen) == 2
+  assert read_rows(job.workdir / "routing.jsonl") == [
+    {"step": 2, "since_step": 0, "agreement": [None, 0.0, None, 0.0]}
+  ]
   adam, ema = get_moments(result.state.opt_state), result.state.ema
   assert ema is not None
   before = tiny.params(model)["layers"]

@@ -144,7 +144,7 @@ def test_routing_is_reported_a_layer():
     dropped=jnp.array([0.0, 0.125]),
   )
   metrics = _metrics().replace(routing=routing, balance=jnp.array([1.0, 2.0]))
-  fields = routing_fields(metrics, layers=(0, 1))
+  fields = routing_fields(metrics, layers=(0, 1), languages=("zh", "en"))
   assert fields.pop("load_entropy") == pytest.approx([math.log(4), math.log(2)])
   assert fields == {
     "balance_loss": 1.5,
@@ -156,7 +156,7 @@ def test_routing_is_reported_a_layer():
     "top_gate": [0.75, 0.5],
   }
   weighed = metrics.replace(balance_weights=jnp.array([0.5, 0.25]))
-  fields = routing_fields(weighed, layers=(0, 1))
+  fields = routing_fields(weighed, layers=(0, 1), languages=("zh", "en"))
   assert fields["balance_weight"] == [0.5, 0.25]
 
 
@@ -170,18 +170,26 @@ def test_routing_of_some_layers_is_reported_at_their_numbers():
     entropy=ones,
     top_gate=jnp.array([0.75, 0.5]),
     dropped=jnp.array([0.0, 0.125]),
+    # Of all assignments a quarter is of the first language.
+    group_load=jnp.array(
+      [[[0.25, 0.0], [0.25, 0.5]], [[0.25, 0.0], [0.75, 0.0]]]
+    ),
   )
   metrics = _metrics().replace(
     routing=routing,
     balance=jnp.array([1.0, 2.0]),
     balance_weights=jnp.array([0.5, 0.25]),
   )
-  fields = routing_fields(metrics, layers=(1, 3))
+  fields = routing_fields(metrics, layers=(1, 3), languages=("zh", "en"))
   assert fields["balance_loss"] == 1.5
   assert fields["expert_load"] == [None, [0.5, 0.5], None, [1.0, 0.0]]
   assert fields["load_max_over_mean"] == [None, 1.0, None, 2.0]
   assert fields["dropped_share"] == [None, 0.0, None, 0.125]
   assert fields["top_gate"] == [None, 0.75, None, 0.5]
+  assert fields["expert_load_by_language"] == {
+    "zh": [None, [1.0, 0.0], None, [1.0, 0.0]],
+    "en": [None, [1 / 3, 2 / 3], None, [1.0, 0.0]],
+  }
   assert fields["balance_weight"] == [None, 0.5, None, 0.25]
   names = [name for name, _ in scalars(fields)]
   assert "expert_load/3/0" in names and "expert_load/0/0" not in names

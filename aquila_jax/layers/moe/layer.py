@@ -53,11 +53,13 @@ class MoeFeedForward(nn.Module):
     *,
     segments: Int[Array, "B T"],
     mask: Float[Array, "F"] | None = None,
+    groups: Float[Array, "B T I"] | None = None,
   ) -> tuple[Float[Array, "B T D"], RoutingStats]:
     """Segment 0 is padding: it is routed nowhere and gives zeros.
 
     `mask` says how much each hidden unit of an expert counts; None is in full.
-    The shared expert has none.
+    The shared expert has none. `groups` are of the tokens, whose load is
+    counted apart.
     """
     moe = self.config.moe
     assert moe is not None
@@ -83,6 +85,8 @@ class MoeFeedForward(nn.Module):
       make_scoring(moe).probability(affinity.logits),
       meetings=meetings,
       num_rows=x.shape[0],
+      # (B, T, I) -> (M, I)
+      groups=None if groups is None else groups.reshape(-1, groups.shape[-1]),
     )
     return out.reshape(x.shape), stats
 

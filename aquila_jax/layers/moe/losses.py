@@ -17,6 +17,7 @@ def routing_stats(
   *,
   meetings: Meetings,
   num_rows: int,
+  groups: Float[Array, "M I"] | None = None,
 ) -> RoutingStats:
   """What the layer says of its routing.
 
@@ -38,6 +39,7 @@ def routing_stats(
     probability: p, of the router's order.
     meetings: of the dispatch.
     num_rows: B; M tokens are as many rows of T.
+    groups: 1 where a token is of a group, for the load of each.
 
   Returns:
     The layer's statistics.
@@ -58,16 +60,23 @@ def routing_stats(
   row_load = assigned / jnp.maximum(_total(assigned), 1)
   rows = jnp.sum(row_load * summed, axis=-1)  # tokens of the row * sum f P
   load = jnp.sum(assigned, axis=0)
+  num_assigned = jnp.maximum(_total(load), 1)
+  group_load = None
+  if groups is not None:
+    met = meetings.assigned.astype(dtype)
+    group_load = jnp.einsum("MI,ME->IE", groups.astype(dtype), met)
+    group_load = jax.lax.stop_gradient(group_load) / num_assigned[None]
   z = jax.nn.logsumexp(affinity.plain, axis=-1)
   still = jax.lax.stop_gradient(probability)
   return RoutingStats(
-    load=load / jnp.maximum(_total(load), 1),
+    load=load / num_assigned,
     probability=jnp.sum(summed, axis=0) / num_tokens,
     sequence_balance=assigned.shape[-1] * jnp.sum(rows) / num_tokens,
     z_loss=mean(jnp.square(z)),
     entropy=mean(-jnp.sum(jax.scipy.special.xlogy(still, still), axis=-1)),
     top_gate=mean(jax.lax.stop_gradient(meetings.top_gate)),
     dropped=meetings.dropped,
+    group_load=group_load,
   )
 
 
