@@ -41,24 +41,49 @@ def _softmax(x: np.ndarray) -> np.ndarray:
   return powers / powers.sum()
 
 
-def choice(logits: np.ndarray, moe: MoeConfig) -> list[tuple[int, float]]:
+def choice(
+  logits: np.ndarray, moe: MoeConfig, bias: np.ndarray | None = None
+) -> list[tuple[int, float]]:
   """The experts of a token and their gates; the lowest wins on ties."""
-  ranked = sorted(range(len(logits)), key=lambda e: (-logits[e], e))
+  scores = {
+    "topk_then_softmax": lambda: logits,
+    "softmax_then_topk": lambda: _softmax(logits),
+    "sigmoid": lambda: 1 / (1 + np.exp(-logits)),
+  }[moe.router_order]()
+  ranks = scores if bias is None else scores + bias
+  allowed = _best_groups(ranks, moe)
+  ranked = sorted(allowed, key=lambda e: (-ranks[e], e))
   chosen = ranked[: moe.top_k]
+  gates = scores[chosen]
   if moe.router_order == "topk_then_softmax":
-    gates = _softmax(logits[chosen])
-  else:
-    gates = _softmax(logits)[chosen]
-    if moe.renormalise:
-      gates = gates / gates.sum()
-  return list(zip(chosen, gates, strict=True))
+    gates = _softmax(gates)
+  elif moe.renormalise:
+    gates = gates / gates.sum()
+  return list(zip(chosen, moe.gate_scale * gates, strict=True))
+
+
+def _best_groups(ranks: np.ndarray, moe: MoeConfig) -> list[int]:
+  """The experts of the best groups."""
+  groups = np.arange(len(ranks)).reshape(moe.num_groups, -1)
+  counted = {"max": 1, "top2_sum": 2}[moe.group_score]
+
+  def score(group: int) -> float:
+    return np.sort(ranks[groups[group]])[-counted:].sum()
+
+  best = sorted(range(moe.num_groups), key=lambda g: (-score(g), g))
+  return [int(e) for g in best[: moe.top_groups] for e in groups[g]]
 
 
 def _token(
   x: np.ndarray, leaves: Leaves, layer: int, moe: MoeConfig
 ) -> np.ndarray:
   out = np.zeros_like(x)
-  for expert, gate in choice(x @ leaves["router/kernel"][layer], moe):
+  bias = leaves.get("router/selection_bias")
+  for expert, gate in choice(
+    x @ leaves["router/kernel"][layer],
+    moe,
+    None if bias is None else bias[layer],
+  ):
     kernels = (
       leaves[name][layer, expert]
       for name in ("gate_kernel", "up_kernel", "down_kernel")
