@@ -116,6 +116,9 @@ _SEED = model_flags.define_seed("Of all that is drawn.")
 _CHECK = growth_flags.define_check()
 _DRY_RUN = growth_flags.define_dry_run()
 
+# Tokens of a row of --sample.
+_SAMPLE_ROW = 512
+
 # The flags of the same name as an option.
 _OPTIONS = (
   _METHOD,
@@ -271,7 +274,7 @@ def _calibrated(job: _Job, plan: Plan, *, needs_text: bool) -> Calibration:
 
 def _sample(source: ModelReader, options: ScaleOut) -> Sample:
   """Rows of the texts of --sample, as many tokens of each."""
-  length = source.model.config.context_length
+  length = min(source.model.config.context_length, _SAMPLE_ROW)
   files = dict(_named(part) for part in _SAMPLE.value or [":"])
   share = max(2, options.sample_tokens // len(files))
   rows: list[tuple[int, list[int]]] = []

@@ -136,13 +136,13 @@ def _run(
   captured = None if watch is None else ["intermediates"]
 
   @functools.partial(jax.jit, static_argnames="has_experts")
-  def block(x, params, share, *, has_experts):
+  def block(x, params, share, positions, segments, *, has_experts):
     out: Any = decoder_lm.Block(config, has_experts=has_experts).apply(
       {"params": params},
       x,
       None,
-      jnp.asarray(rows.positions),
-      jnp.asarray(rows.segments),
+      positions,
+      segments,
       share,
       masks,
       mutable=captured or False,
@@ -158,11 +158,27 @@ def _run(
   for layer in range(config.num_layers):
     share = None if masks.layers is None else masks.layers[layer]
     params = _layer(model.params, leaves, layer)
-    is_mixture = layer in config.moe_layers
-    x, normed = block(x, params, share, has_experts=is_mixture)
+    one = functools.partial(block, has_experts=layer in config.moe_layers)
+    parts = [
+      one(x[part], params, share, rows.positions[part], rows.segments[part])
+      for part in _parts(rows)
+    ]
+    x = jnp.concatenate([out for out, _ in parts])
     if watch is not None:
-      watch(layer, np.asarray(normed))
+      watch(layer, np.concatenate([np.asarray(seen) for _, seen in parts]))
   return x
+
+
+# Tokens at once, where rows are not longer: what an FFN computes of them is as
+# large as a few of its kernels.
+_AT_ONCE = 1024
+
+
+def _parts(rows: Rows) -> list[slice]:
+  """Runs of rows, all of one length but for the last."""
+  count, length = rows.tokens.shape
+  step = max(1, _AT_ONCE // length)
+  return [slice(start, start + step) for start in range(0, count, step)]
 
 
 def _is_ffn_norm(module: Any, method: str) -> bool:

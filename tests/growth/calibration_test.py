@@ -201,6 +201,17 @@ def test_padding_is_not_measured():
   assert np.array_equal(first.constants.values, second.constants.values)
 
 
+def test_rows_are_read_a_few_at_a_time(monkeypatch):
+  whole = _calibrate(_target(UNEVEN), ScaleOut(source=""))
+  monkeypatch.setattr(checking, "_AT_ONCE", 12)  # one row
+  parts = _calibrate(_target(UNEVEN), ScaleOut(source=""))
+  assert whole.constants is not None
+  assert parts.constants is not None
+  np.testing.assert_allclose(
+    parts.constants.values, whole.constants.values, rtol=1e-13
+  )
+
+
 def test_usage_is_the_share_of_the_assignments():
   moe = MoeConfig(num_experts=4, top_k=2, block_size=4)
   source = _target(moe)
