@@ -7,14 +7,12 @@ can be checked that no memory holds, and before it is written anywhere.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from jaxtyping import Float, Int
 
 from aquila_jax.core import dtypes
@@ -22,6 +20,7 @@ from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.growth.exactness import Check
 from aquila_jax.growth.grown_tree import LeafSpec, Tree, slices
 from aquila_jax.growth.scale_up import model_leaves
+from aquila_jax.growth.streamed_layers import StreamedLayers
 from aquila_jax.models import decoder_lm
 from aquila_jax.models.growth_mask import make_masks
 
@@ -132,40 +131,19 @@ def _run(
 ) -> Float[jax.Array, "B T D"]:
   """The residual behind the last layer."""
   config = _wide(model.config)
-  leaves, masks = model_leaves(config), make_masks(config)
-  captured = None if watch is None else ["intermediates"]
-
-  @functools.partial(jax.jit, static_argnames="has_experts")
-  def block(x, params, share, positions, segments, *, has_experts):
-    out: Any = decoder_lm.Block(config, has_experts=has_experts).apply(
-      {"params": params},
-      x,
-      None,
-      positions,
-      segments,
-      share,
-      masks,
-      mutable=captured or False,
-      capture_intermediates=_is_ffn_norm if captured else False,
-    )
-    if captured is None:
-      return out[0], None
-    (x, _), variables = out
-    return x, variables["intermediates"][_FFN_NORM]["__call__"][0]
-
+  leaves = model_leaves(config)
   wide = jnp.dtype(config.compute_dtype)
   x = jnp.asarray(_embedded(model.params, leaves, rows.tokens).astype(wide))
-  for layer in range(config.num_layers):
-    share = None if masks.layers is None else masks.layers[layer]
-    params = _layer(model.params, leaves, layer)
-    one = functools.partial(block, has_experts=layer in config.moe_layers)
+  layers = StreamedLayers(config, model.params, leaves)
+  for number in range(config.num_layers):
+    layer = layers.read(number)
     parts = [
-      one(x[part], params, share, rows.positions[part], rows.segments[part])
+      layer(x[part], rows.positions[part], rows.segments[part])
       for part in _parts(rows)
     ]
     x = jnp.concatenate([out for out, _ in parts])
     if watch is not None:
-      watch(layer, np.concatenate([np.asarray(seen) for _, seen in parts]))
+      watch(number, np.concatenate([np.asarray(seen) for _, seen in parts]))
   return x
 
 
@@ -181,13 +159,8 @@ def _parts(rows: Rows) -> list[slice]:
   return [slice(start, start + step) for start in range(0, count, step)]
 
 
-def _is_ffn_norm(module: Any, method: str) -> bool:
-  return module.name == _FFN_NORM and method == "__call__"
-
-
 # The parts of a decoder outside of its layers (models/decoder_lm.py).
 _TABLE, _NORM, _HEAD = "embedding.table", "final_norm.scale", "lm_head.kernel"
-_LAYERS, _FFN_NORM = "layers", "mlp_norm"
 
 
 def _embedded(
@@ -203,24 +176,6 @@ def _embedded(
       rows = tree.read(_TABLE, index=index)
       x[here] = rows[tokens[here] - block.start]
   return x
-
-
-def _layer(
-  tree: Tree, leaves: Mapping[str, LeafSpec], layer: int
-) -> dict[str, Any]:
-  """The parameters of one layer."""
-  arrays: dict[str, jax.Array] = {}
-  for name, spec in leaves.items():
-    folder, _, inside = name.partition(".")
-    row = spec.axes.row_of(layer)
-    if folder != _LAYERS or row is None:
-      continue
-    filled = np.empty(spec.shape[1:], spec.dtype)
-    for index in slices(spec):
-      if index[0] == row:
-        filled[index[1:]] = tree.read(name, index=index)
-    arrays[inside] = jnp.asarray(filled)
-  return traverse_util.unflatten_dict(arrays, sep=".")
 
 
 def _head(

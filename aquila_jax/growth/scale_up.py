@@ -128,8 +128,11 @@ def check_pair(
   for field, reason in kept.items():
     given, needed = getattr(target, field), getattr(source, field)
     if _all_layers(given) != _all_layers(needed):
+      name, given, needed = _difference(
+        field, _all_layers(given), _all_layers(needed)
+      )
       raise errors.UserError(
-        f"{path}.{field}={_shown(given)}: expected the source's"
+        f"{path}.{name}={_shown(given)}: expected the source's"
         f" {_shown(needed)}; {reason}"
       )
   old, new = source.vocab_size, target.vocab_size
@@ -497,6 +500,19 @@ def num_parameters(config: ModelConfig) -> int:
   return sum(math.prod(leaf.shape) for leaf in shapes)
 
 
+def _difference(name: str, given: Any, needed: Any) -> tuple[str, Any, Any]:
+  """Where two values differ: of two sections their first field that does."""
+  if type(given) is not type(needed) or not dataclasses.is_dataclass(given):
+    return name, given, needed
+  for field in dataclasses.fields(given):
+    one, other = (getattr(value, field.name) for value in (given, needed))
+    if one != other:
+      return f"{name}.{field.name}", one, other
+  raise AssertionError("they are the same")
+
+
 def _shown(value: Any) -> str:
+  if isinstance(value, MoeConfig):
+    return f"({value.num_experts} experts)"
   is_section = dataclasses.is_dataclass(value)
   return repr(config_lib.to_dict(value)) if is_section else repr(value)

@@ -96,31 +96,62 @@ class Block(nn.Module):
     groups: Float[Array, "B T I"] | None = None,
   ) -> tuple[Float[Array, "B T D"], tuple[RoutingStats | None, KVCache | None]]:
     """`share` is how much the layer counts, this one's of `masks.layers`."""
-    attended, cache = Attention(self.config, name="attention")(
-      _norm(self.config, "attention_norm")(x, masks.embed),
-      positions=positions,
-      segments=segments,
-      cache=cache,
-      head_mask=masks.heads,
+    x, normed, cache = _first_half(
+      self.config, x, cache, positions, segments, share, masks
     )
-    x = x + _shared(attended, share)
-    normed = _norm(self.config, "mlp_norm")(x, masks.embed)
     if self.config.moe is None or not self.has_experts:
       # A stack of both kinds has each under a name of its own.
       uniform = self.config.moe is None
       name = layer_runs.EXPERTS if uniform else layer_runs.DENSE
       out = FeedForward(self.config, name=name)(normed, mask=masks.mlp)
-      return x + _shared(out, share), (None, cache)
+      return add(x, out, share), (None, cache)
     out, stats = MoeFeedForward(self.config, name="mlp")(
       normed, segments=segments, mask=masks.mlp, groups=groups
     )
-    return x + _shared(out, share), (stats, cache)
+    return add(x, out, share), (stats, cache)
 
 
-def _shared(
-  out: Float[Array, "B T D"], share: Float[Array, ""] | None
+class FirstHalf(nn.Module):
+  """What a `Block` does before its FFN, with the same names of parameters."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    share: Float[Array, ""] | None = None,
+    masks: Masks = NO_MASKS,
+  ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+    """The residual, and what the FFN reads of it."""
+    x, normed, _ = _first_half(
+      self.config, x, None, positions, segments, share, masks
+    )
+    return x, normed
+
+
+def _first_half(config, x, cache, positions, segments, share, masks):
+  """Attention and both norms; a part of the module that calls it."""
+  attended, cache = Attention(config, name="attention")(
+    _norm(config, "attention_norm")(x, masks.embed),
+    positions=positions,
+    segments=segments,
+    cache=cache,
+    head_mask=masks.heads,
+  )
+  x = add(x, attended, share)
+  return x, _norm(config, "mlp_norm")(x, masks.embed), cache
+
+
+def add(
+  x: Float[Array, "B T D"],
+  out: Float[Array, "B T D"],
+  share: Float[Array, ""] | None,
 ) -> Float[Array, "B T D"]:
-  return out if share is None else out * share.astype(out.dtype)
+  """The residual and a layer's output, which counts by `share`."""
+  return x + (out if share is None else out * share.astype(out.dtype))
 
 
 _REMAT_POLICIES = {

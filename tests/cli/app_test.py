@@ -55,7 +55,10 @@ def test_help_of_every_verb_names_its_flags_and_ends_with_0(commands):
     " top_p seed stop_token batch_size [no]json",
     "import_hf": "source output param_dtype tokenizer",
     "prepare_data": "config output",
-    "scale_out": "source output num_experts top_k method optimizer seed",
+    "scale_out": "config stage source sources output num_experts top_k"
+    " moe_layers target method redraw redraw_units noise noise_share"
+    " shared_share gate_constant scaled_kernels router sample sample_tokens"
+    " optimizer seed [no]check check_file check_tokens [no]dry_run",
     "scale_up": "config stage target source output method depth layers"
     " width_map maps aki_residual split_noise optimizer tokenizer seed"
     " [no]check check_file check_tokens [no]dry_run",

@@ -73,7 +73,8 @@ def test_message_of_a_section_names_the_flag():
     model_flags.build, ScaleOut, source="a", method="sparse_upcyling"
   ) == (
     "--method='sparse_upcyling' is unknown; did you mean 'sparse_upcycling'?"
-    " (expected one of sparse_upcycling)"
+    " (expected one of sparse_upcycling, granular, drop_upcycling, noise,"
+    " branch_train_mix, average, merge_by_usage)"
   )
 
 

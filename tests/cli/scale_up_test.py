@@ -191,13 +191,7 @@ def test_mistakes_are_refused(commands, dense, data, tmp_path):
   of_mixture = commands.run(*command, f"--source={mixture}")
   assert (of_mixture.code, of_mixture.out) == (2, "")
   assert of_mixture.last_line == (
-    f"aquila_jax: {section}.moe=None: expected the source's {{'num_experts': 2,"
-    " 'top_k': 2, 'router_order': 'topk_then_softmax', 'renormalise': True,"
-    " 'gate_scale': 1.0, 'router_init_std': 0.02, 'choice': 'token',"
-    " 'selection_bias': False, 'logit_normalisation': None, 'num_groups': 1,"
-    " 'top_groups': 1, 'group_score': 'max', 'input_jitter': 0.0,"
-    " 'logit_noise': 0.0, 'capacity_factor': None, 'block_size': 64,"
-    " 'shared_expert_dim': 0, 'shared_expert_gate': True};"
+    f"aquila_jax: {section}.moe=None: expected the source's (2 experts);"
     " Scale-Out makes experts"
   )
   assert names(tmp_path) == ["mixture"]

@@ -454,9 +454,17 @@ def test_experts_are_refused_by_name():
   target = tiny.replace(tiny.SOURCE, moe=tiny.MOE)
   with pytest.raises(errors.UserError) as caught:
     scale_up(source, target, _options())
-  assert str(caught.value).startswith("config.model.moe={'num_experts': 4,")
-  assert str(caught.value).endswith(
-    ": expected the source's None; Scale-Out makes experts"
+  assert str(caught.value) == (
+    "config.model.moe=(4 experts): expected the source's None; Scale-Out makes"
+    " experts"
+  )
+  source = tiny.stored(target, moments=None)
+  assert target.moe is not None
+  other = dataclasses.replace(target.moe, top_k=3)
+  with pytest.raises(errors.UserError) as caught:
+    scale_up(source, tiny.replace(target, moe=other), _options())
+  assert str(caught.value) == (
+    "config.model.moe.top_k=3: expected the source's 2; Scale-Out makes experts"
   )
 
 

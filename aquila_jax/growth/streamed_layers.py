@@ -1,0 +1,202 @@
+"""A layer of a decoder that is read from slices, one expert at a time.
+
+What is in memory is a layer without its experts and the kernels of one of them,
+so that a mixture runs of which no memory holds a layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jaxtyping import Array, Float, Int
+
+from aquila_jax.core.axes import Role
+from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.growth.grown_tree import Index, LeafSpec, Tree, slices
+from aquila_jax.kernels.expert_ffn.api import expert_ffn
+from aquila_jax.layers.feed_forward import KERNEL_AXES, FeedForward, mask_rows
+from aquila_jax.layers.moe.layer import make_choice
+from aquila_jax.layers.moe.router import Router
+from aquila_jax.layers.moe.shared_expert import SharedExpert
+from aquila_jax.models import decoder_lm, layer_runs
+from aquila_jax.models.growth_mask import Masks, make_masks
+
+_LAYERS = "layers"
+
+
+class StreamedLayers:
+  """The layers of a decoder.
+
+  Args:
+    config: of the decoder; it computes in `compute_dtype`.
+    params: its parameters.
+    leaves: of the decoder, by name.
+  """
+
+  def __init__(
+    self, config: ModelConfig, params: Tree, leaves: Mapping[str, LeafSpec]
+  ):
+    self._config = config
+    self._params = params
+    self._leaves = leaves
+    self._masks = make_masks(config)
+
+  def read(self, number: int) -> StreamedLayer:
+    """One layer; of its experts nothing is read yet."""
+    own, experts = {}, {}
+    for name, spec in self._leaves.items():
+      folder, _, inside = name.partition(".")
+      row = spec.axes.row_of(number)
+      if folder != _LAYERS or row is None:
+        continue
+      if spec.axes.has("expert", Role.NEITHER):
+        experts[inside.rpartition(".")[2]] = functools.partial(
+          _expert, self._params, name, row
+        )
+      else:
+        own[inside] = _filled(self._params, name, spec, row)
+    shares = self._masks.layers
+    return StreamedLayer(
+      config=self._config,
+      params=traverse_util.unflatten_dict(own, sep="."),
+      experts=experts,
+      share=None if shares is None else shares[number],
+      masks=self._masks,
+    )
+
+
+def _expert(params: Tree, name: str, row: int, expert: int) -> np.ndarray:
+  return params.read(name, index=(row, expert, slice(None), slice(None)))
+
+
+def _filled(params: Tree, name: str, spec: LeafSpec, row: int) -> jax.Array:
+  """A leaf's part of a layer."""
+  filled = np.empty(spec.shape[1:], spec.dtype)
+  for index in slices(spec):
+    if index[0] == row:
+      rest: Index = index[1:]
+      filled[rest] = params.read(name, index=index)
+  return jnp.asarray(filled)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamedLayer:
+  """A layer, to be called on rows of text."""
+
+  config: ModelConfig
+  params: dict[str, Any]  # of all but its experts
+  experts: dict[str, Any]  # of an expert's number, each of its kernels
+  share: Float[Array, ""] | None
+  masks: Masks
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    positions: Int[np.ndarray, "B T"],
+    segments: Int[np.ndarray, "B T"],
+  ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+    """The residual behind the layer, and what its FFN reads.
+
+    Args:
+      x: the residual.
+      positions: of the tokens in their documents.
+      segments: their documents; 0 is padding.
+    """
+    front = {
+      name: self.params[name]
+      for name in ("attention", "attention_norm", "mlp_norm")
+    }
+    x, normed = _first_half(
+      self.config, front, x, positions, segments, self.share, self.masks
+    )
+    if self.experts:
+      out = self._mixture(normed, segments)
+    else:
+      out = self._dense(normed)
+    return decoder_lm.add(x, out, self.share), normed
+
+  def _dense(self, normed: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    (part,) = {layer_runs.EXPERTS, layer_runs.DENSE} & set(self.params)
+    return _ffn(self.config, self.params[part], normed, self.masks)
+
+  def _mixture(
+    self, normed: Float[Array, "B T D"], segments: Int[np.ndarray, "B T"]
+  ) -> Float[Array, "B T D"]:
+    moe, params = self.config.moe, self.params[layer_runs.EXPERTS]
+    assert moe is not None
+    tokens = normed.reshape(-1, normed.shape[-1])  # (B, T, D) -> (M, D)
+    plan, rows = _routed(
+      self.config, params["router"], tokens, segments.reshape(-1)
+    )
+    out = plan.combine(jnp.asarray(self._through_experts(plan, rows)))
+    if moe.shared_expert_dim:
+      shared = _shared_expert(self.config, params["shared"], tokens)
+      valid = segments.reshape(-1, 1) > 0
+      out = out + shared * jnp.asarray(valid, shared.dtype)
+    return out.reshape(normed.shape)
+
+  def _through_experts(
+    self, plan: Any, rows: Float[Array, "P Q D"]
+  ) -> Float[np.ndarray, "P Q D"]:
+    """Every block through its expert, expert after expert."""
+    moe = self.config.moe
+    assert moe is not None
+    out = np.zeros(rows.shape, rows.dtype)
+    expert_of = np.asarray(plan.block_expert)[: int(plan.num_blocks)]
+    for expert in range(moe.num_experts):
+      blocks = np.flatnonzero(expert_of == expert)
+      if not len(blocks):
+        continue
+      kernels = tuple(
+        jnp.asarray(self.experts[name](expert)) for name in KERNEL_AXES
+      )
+      # A power of two of them, so that few are compiled.
+      padded = np.resize(blocks, 1 << (len(blocks) - 1).bit_length())
+      found = _one_expert(rows[padded], kernels, self.masks.mlp)
+      out[blocks] = np.asarray(found)[: len(blocks)]
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _first_half(config, params, x, positions, segments, share, masks):
+  half: Any = decoder_lm.FirstHalf(config)
+  return half.apply({"params": params}, x, positions, segments, share, masks)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _ffn(config, params, normed, masks):
+  ffn: Any = FeedForward(config)
+  return ffn.apply({"params": params}, normed, mask=masks.mlp)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _routed(config, params, tokens, segments):
+  router: Any = Router(config, config.moe)
+  affinity = router.apply({"params": params}, tokens, valid=segments > 0)
+  plan = make_choice(config.moe).dispatch(affinity)
+  return plan, plan.gather(tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _shared_expert(config, params, tokens):
+  shared: Any = SharedExpert(config)
+  return shared.apply({"params": params}, tokens)
+
+
+@jax.jit
+def _one_expert(rows, kernels, mask):
+  gate, up, down = (kernel[None].astype(rows.dtype) for kernel in kernels)
+  count = rows.shape[0]
+  return expert_ffn(
+    rows,
+    (gate, up, mask_rows(down, mask)),
+    block_expert=jnp.zeros(count, jnp.int32),
+    num_blocks=jnp.asarray(count, jnp.int32),
+  )
