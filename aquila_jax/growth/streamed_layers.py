@@ -1,7 +1,8 @@
 """A layer of a decoder that is read from slices, one expert at a time.
 
-What is in memory is a layer without its experts and the kernels of one of them,
-so that a mixture runs of which no memory holds a layer.
+What is in memory is a layer's attention and the kernels of one FFN or expert,
+of which a part at a time is as wide as it is computed in. So a mixture runs of
+which no memory holds a layer.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, Int
 
-from aquila_jax.core.axes import Role
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.growth.grown_tree import Index, LeafSpec, Tree, slices
 from aquila_jax.kernels.expert_ffn.api import expert_ffn
-from aquila_jax.layers.feed_forward import KERNEL_AXES, FeedForward, mask_rows
+from aquila_jax.layers.feed_forward import KERNEL_AXES, mask_rows
 from aquila_jax.layers.moe.layer import make_choice
 from aquila_jax.layers.moe.router import Router
 from aquila_jax.layers.moe.shared_expert import SharedExpert
@@ -29,6 +29,8 @@ from aquila_jax.models import decoder_lm, layer_runs
 from aquila_jax.models.growth_mask import Masks, make_masks
 
 _LAYERS = "layers"
+# Hidden units that are computed at once.
+_UNITS = 4096
 
 
 class StreamedLayers:
@@ -49,16 +51,16 @@ class StreamedLayers:
     self._masks = make_masks(config)
 
   def read(self, number: int) -> StreamedLayer:
-    """One layer; of its experts nothing is read yet."""
-    own, experts = {}, {}
+    """One layer; of its FFN or experts nothing is read yet."""
+    own, ffn = {}, {}
     for name, spec in self._leaves.items():
       folder, _, inside = name.partition(".")
       row = spec.axes.row_of(number)
       if folder != _LAYERS or row is None:
         continue
-      if spec.axes.has("expert", Role.NEITHER):
-        experts[inside.rpartition(".")[2]] = functools.partial(
-          _expert, self._params, name, row
+      if spec.axes.has("mlp"):
+        ffn[inside.rpartition(".")[2]] = functools.partial(
+          _kernel, self._params, name, row
         )
       else:
         own[inside] = _filled(self._params, name, spec, row)
@@ -66,14 +68,15 @@ class StreamedLayers:
     return StreamedLayer(
       config=self._config,
       params=traverse_util.unflatten_dict(own, sep="."),
-      experts=experts,
+      ffn=ffn,
+      has_experts=number in self._config.moe_layers,
       share=None if shares is None else shares[number],
       masks=self._masks,
     )
 
 
-def _expert(params: Tree, name: str, row: int, expert: int) -> np.ndarray:
-  return params.read(name, index=(row, expert, slice(None), slice(None)))
+def _kernel(params: Tree, name: str, row: int, *expert: int) -> np.ndarray:
+  return params.read(name, index=(row, *expert, slice(None), slice(None)))
 
 
 def _filled(params: Tree, name: str, spec: LeafSpec, row: int) -> jax.Array:
@@ -91,8 +94,9 @@ class StreamedLayer:
   """A layer, to be called on rows of text."""
 
   config: ModelConfig
-  params: dict[str, Any]  # of all but its experts
-  experts: dict[str, Any]  # of an expert's number, each of its kernels
+  params: dict[str, Any]  # of all but its FFN or experts
+  ffn: dict[str, Any]  # reads each kernel, of experts that of a number
+  has_experts: bool
   share: Float[Array, ""] | None
   masks: Masks
 
@@ -116,15 +120,12 @@ class StreamedLayer:
     x, normed = _first_half(
       self.config, front, x, positions, segments, self.share, self.masks
     )
-    if self.experts:
+    if self.has_experts:
       out = self._mixture(normed, segments)
     else:
-      out = self._dense(normed)
+      rows = normed.reshape(1, -1, normed.shape[-1])  # one block
+      out = self._through(rows).reshape(normed.shape)
     return decoder_lm.add(x, out, self.share), normed
-
-  def _dense(self, normed: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    (part,) = {layer_runs.EXPERTS, layer_runs.DENSE} & set(self.params)
-    return _ffn(self.config, self.params[part], normed, self.masks)
 
   def _mixture(
     self, normed: Float[Array, "B T D"], segments: Int[np.ndarray, "B T"]
@@ -154,13 +155,22 @@ class StreamedLayer:
       blocks = np.flatnonzero(expert_of == expert)
       if not len(blocks):
         continue
-      kernels = tuple(
-        jnp.asarray(self.experts[name](expert)) for name in KERNEL_AXES
-      )
       # A power of two of them, so that few are compiled.
       padded = np.resize(blocks, 1 << (len(blocks) - 1).bit_length())
-      found = _one_expert(rows[padded], kernels, self.masks.mlp)
+      found = self._through(rows[padded], expert)
       out[blocks] = np.asarray(found)[: len(blocks)]
+    return out
+
+  def _through(
+    self, rows: Float[Array, "P Q D"], *expert: int
+  ) -> Float[Array, "P Q D"]:
+    """Through the FFN or an expert, a part of its hidden units at a time."""
+    gate, up, down = (self.ffn[name](*expert) for name in KERNEL_AXES)
+    mask, out = self.masks.mlp, jnp.zeros_like(rows)
+    for start in range(0, len(down), _UNITS):
+      units = slice(start, start + _UNITS)
+      part = None if mask is None else mask[units]
+      out += _units(rows, (gate[:, units], up[:, units], down[units]), part)
     return out
 
 
@@ -168,12 +178,6 @@ class StreamedLayer:
 def _first_half(config, params, x, positions, segments, share, masks):
   half: Any = decoder_lm.FirstHalf(config)
   return half.apply({"params": params}, x, positions, segments, share, masks)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _ffn(config, params, normed, masks):
-  ffn: Any = FeedForward(config)
-  return ffn.apply({"params": params}, normed, mask=masks.mlp)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -191,7 +195,7 @@ def _shared_expert(config, params, tokens):
 
 
 @jax.jit
-def _one_expert(rows, kernels, mask):
+def _units(rows, kernels, mask):
   gate, up, down = (kernel[None].astype(rows.dtype) for kernel in kernels)
   count = rows.shape[0]
   return expert_ffn(
