@@ -86,7 +86,9 @@ def _family(
     ) from error
   _refuse_copied_shards(model, way, path)
   family = Family(config=old, params=parent.params, origins=origins(way, new))
-  return family, f"The parent is {path}: {way.in_words()}."
+  return family, (
+    f"The parent is {path}, and this is made of it: {way.in_words()}."
+  )
 
 
 def _options(event: Event | None, path: str) -> ScaleOut:

@@ -14,7 +14,7 @@ from aquila_jax.core.experiment_config import ScaleOut
 from aquila_jax.core.lineage import Event, Lineage
 from aquila_jax.core.model_config import ModelConfig, MoeConfig
 from aquila_jax.core.model_dir import StoredModel, open_model
-from aquila_jax.evaluation.routing.cosines import cosines
+from aquila_jax.evaluation.routing.cosines import Origin, cosines
 from aquila_jax.growth.scale_out import scale_out
 from aquila_jax.models import decoder_lm
 from tests.cli import tiny as models
@@ -74,8 +74,8 @@ def test_copies_are_what_the_lineage_says(tmp_path):
   _grown(source, path, parent=str(tmp_path / "dense"), moe=MOE)
   words = _assert_copies(path, copies=[[0, 1, 2, 3]])
   assert words == (
-    f"The parent is {tmp_path}/dense: 4 experts: 4 copies of an FFN, 10 hidden"
-    " units an expert; a token meets 2."
+    f"The parent is {tmp_path}/dense, and this is made of it: 4 experts: 4"
+    " copies of an FFN, 10 hidden units an expert; a token meets 2."
   )
 
 
@@ -168,7 +168,7 @@ def test_a_parent_is_taken_where_the_lineage_names_none(tmp_path):
   _mixture(tmp_path / "m", Event(kind="import"))
   _, family, _ = _found(tmp_path / "m", str(tmp_path / "dense"))
   assert family is not None
-  assert [origin.units for origin in family.origins] == [slice(0, 10)] * 4
+  assert list(family.origins) == [Origin(expert=None, units=slice(0, 10))] * 4
 
 
 def test_experts_of_other_models_have_no_parent(tmp_path):

@@ -171,6 +171,7 @@ def _pair_maps(
 
 def distance(found: Inspection) -> Markup:
   """How far copies have moved apart."""
+  between = [layer.between for layer in found.cosines]
   return page.section(
     "distance",
     "How far experts have moved apart",
@@ -184,10 +185,11 @@ def distance(found: Inspection) -> Markup:
     _cosine_table(found.cosines).html(),
     _pair_maps(
       found,
-      [layer.between for layer in found.cosines],
-      scale=maps.COSINE,
+      between,
+      scale=maps.cosine_scale(between),
       description="Cosine between experts, layer by layer",
-      words="The cosine between every two experts of a layer.",
+      words="The cosine between every two experts of a layer: grey where they"
+      " are the same, the more orange the further apart.",
     ),
     element(
       "p",
@@ -207,7 +209,7 @@ def _parent_map(found: Inspection) -> Markup:
   chart = maps.grid_map(
     Panel(title="Cosine to the parent", values=np.stack(known)),
     rows=layer_labels(found),
-    scale=maps.COSINE,
+    scale=maps.cosine_scale(known),
     corner="expert",
   )
   return figure(
@@ -237,6 +239,6 @@ def _mean_and_least(cosines: np.ndarray) -> tuple[str, str]:
   if not len(cosines):
     return ("–", "–")
   return (
-    maps.COSINE.number(float(cosines.mean())),
-    maps.COSINE.number(float(cosines.min())),
+    maps.cosine(float(cosines.mean())),
+    maps.cosine(float(cosines.min())),
   )

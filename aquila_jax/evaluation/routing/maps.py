@@ -13,6 +13,7 @@ from aquila_jax.evaluation.formats import Number
 from aquila_jax.evaluation.markup import Markup, element, join
 
 _WIDTH = 760
+_COSINE_DIGITS = 3
 _DARK, _LIGHT = "#1b2330", "#ffffff"  # of numbers on a cell
 
 
@@ -23,13 +24,23 @@ class Scale:
   to_share: Callable[[np.ndarray], np.ndarray]  # 0 to 1; 1/2 is neutral
   ticks: tuple[tuple[float, str], ...]
   unit: str
-  digits: int
+  digits: int  # of a number in a cell
+  whole: bool = True  # whether values lie on both sides of the neutral one
 
   def number(self, value: Number) -> str:
     """As in a cell; nothing where there is none."""
-    if not np.isfinite(value):
-      return ""
-    return f"{value:.{self.digits}f}".replace("-", "−")
+    return _number(value, self.digits)
+
+
+def cosine(value: Number) -> str:
+  """A cosine as the maps write it."""
+  return _number(value, _COSINE_DIGITS)
+
+
+def _number(value: Number, digits: int) -> str:
+  if not np.isfinite(value):
+    return ""
+  return f"{value:.{digits}f}".replace("-", "−")
 
 
 def _ratio(unit: str) -> Scale:
@@ -40,12 +51,27 @@ def _ratio(unit: str) -> Scale:
 
 EVEN_SHARE = _ratio("× even share")
 LIFT = _ratio("× what is expected")
-COSINE = Scale(
-  to_share=lambda v: (1 + v) / 2,
-  ticks=((-1.0, "−1"), (0.0, "0"), (0.5, "½"), (1.0, "1")),
-  unit="cosine",
-  digits=3,
-)
+
+
+def cosine_scale(values: Sequence[np.ndarray]) -> Scale:
+  """Of cosines: neutral at 1, where nothing differs, and orange far from it.
+
+  Args:
+    values: all that it is for; it reaches down to about the least of them.
+  """
+  known = np.concatenate([v[np.isfinite(v)] for v in values] or [np.ones(1)])
+  apart = max(1 - float(known.min(initial=1.0)), 0.01)
+  # 1, 2 or 5 times a power of ten, the first that is no less; at most 2.
+  spans = [m * 10.0**e for e in (-2, -1, 0) for m in (1, 2, 5)]
+  span = next(s for s in spans if s >= apart * 0.999)
+  ticks = (0.0, span / 2, span)
+  return Scale(
+    to_share=lambda v: 0.5 + 0.5 * np.clip((1 - v) / span, 0, 1),
+    ticks=tuple((1 - t, f"{1 - t:.3g}".replace("-", "−")) for t in ticks),
+    unit="cosine",
+    digits=_COSINE_DIGITS,
+    whole=False,
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -273,8 +299,9 @@ def _step(least: float) -> int:
 
 def _bar(scale: Scale, *, x: Number, y: Number) -> Markup:
   """The colours with their values."""
-  width = 260.0
-  shares = np.linspace(0, 1, 101)[None]
+  low, high = (0.0, 1.0) if scale.whole else (0.5, 1.0)
+  width = 260.0 * (high - low)
+  shares = np.linspace(low, high, 101)[None]
   parts = [
     element(
       "image",
@@ -287,7 +314,7 @@ def _bar(scale: Scale, *, x: Number, y: Number) -> Markup:
     )
   ]
   for value, label in scale.ticks:
-    share = float(scale.to_share(np.asarray(value)))
+    share = (float(scale.to_share(np.asarray(value))) - low) / (high - low)
     parts.append(_text(label, x=x + width * share, y=y + 23, anchor="middle"))
   parts.append(_text(scale.unit, x=x + width + 12, y=y + 9))
   return join(parts)

@@ -119,7 +119,7 @@ def test_batches_are_those_of_the_evaluation():
   )
   read = sum(int((batch.segments > 0).sum()) for batch in found)
   assert read == 12
-  assert {int(n) for batch in found for n in batch.languages.flat} == {1}
+  assert {int(n) for batch in found for n in np.ravel(batch.languages)} == {1}
 
 
 def test_a_language_without_text_is_refused():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from aquila_jax.core.model_config import ModelConfig
-from aquila_jax.evaluation.routing import routing_page
+from aquila_jax.evaluation.routing import maps, routing_page
 from aquila_jax.evaluation.routing.cosines import LayerCosines
 from aquila_jax.evaluation.routing.inspection import (
   Inspection,
@@ -224,3 +224,14 @@ def test_experts_that_choose_are_warned_of():
   assert "experts a token meets in the mean (top-k)" in page.text
   assert "the share of tokens that no expert took" in page.text
   assert "warning" in page.values("class")
+
+
+def test_the_scale_of_cosines_reaches_to_the_least():
+  near = maps.cosine_scale([np.array([1.0, 0.985]), np.array([np.nan])])
+  assert near.ticks == ((1.0, "1"), (0.99, "0.99"), (0.98, "0.98"))
+  np.testing.assert_allclose(
+    near.to_share(np.array([1.0, 0.99, 0.98])), [0.5, 0.75, 1]
+  )
+  far = maps.cosine_scale([np.array([-1.0])])
+  assert [label for _, label in far.ticks] == ["1", "0", "−1"]
+  assert maps.cosine_scale([]).ticks[2] == (0.99, "0.99")
