@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -10,13 +11,15 @@ import pytest
 
 from aquila_jax.core.lineage import Event, Lineage
 from aquila_jax.core.model_config import MoeConfig
+from aquila_jax.core.model_dir import StoredModel, read_tokenizer
 from tests.cli import tiny
 from tests.cli.commands import ROOT, names, succeeded
 from tests.evaluation.parsed_page import Page
+from tests.growth.tiny import params as random_params
 
 TEXT = "experiments/data/smoke/en.txt"
 # Every case is a command line; what is printed is a list of their messages.
-_REFUSALS = """
+_MANY = """
 import json, sys
 from absl import flags
 from absl.testing import flagsaver
@@ -43,9 +46,11 @@ def mixture(dense) -> pathlib.Path:
     tiny.dense_config(), moe=MoeConfig(num_experts=4, top_k=2, layers=(1,))
   )
   event = Event(kind="scale_out", parent=str(dense))
-  model = dataclasses.replace(
-    tiny.untrained(config, tiny.load(dense).tokenizer),
+  model = StoredModel(
+    config=config,
     lineage=Lineage(events=(event,)),
+    params=random_params(config),
+    tokenizer=read_tokenizer(dense),
   )
   path = dense.parent / "mixture"
   tiny.save(path, model)
@@ -53,55 +58,39 @@ def mixture(dense) -> pathlib.Path:
   return path
 
 
-def test_it_writes_a_page_and_the_numbers(commands, mixture, data, tmp_path):
-  page, other = tmp_path / "new" / "page.html", tmp_path / "bytes.html"
-  in_bytes = mixture.parent / "bytes"
-  found = commands.run_all(
-    [
-      (
-        "inspect_routing",
-        f"--model={mixture}",
-        f"--data={data}",
-        f"--output={page}",
-        "--json",
-        "--max_tokens=200",
-        "--split=validation",
-        "--batch_size=4",
-      ),
-      (
-        "inspect_routing",
-        f"--model={in_bytes}",
-        f"--text={TEXT},zh:experiments/data/smoke/zh.txt",
-        f"--output={other}",
-        "--max_tokens=150",
-        "--parent=",
-        "--min_count=5",
-      ),
-    ]
+def test_it_writes_a_page_and_the_numbers(quick, mixture, data, tmp_path):
+  page = tmp_path / "new" / "page.html"
+  found = succeeded(
+    quick.run(
+      "inspect_routing",
+      f"--model={mixture}",
+      f"--data={data}",
+      f"--output={page}",
+      "--json",
+      "--max_tokens=200",
+      "--split=validation",
+      "--batch_size=4",
+    )
   )
-  for one in found:
-    succeeded(one)
-  assert names(tmp_path) == ["bytes.html", "new"]
   assert names(page.parent) == ["page.html", "page.json"]
   record = json.loads((page.parent / "page.json").read_text(encoding="utf-8"))
   assert record["domains"] == {"en": 200, "zh": 200}
   (layer,) = record["layers"]
   assert (layer["layer"], record["num_layers"]) == (1, 2)
   assert sum(layer["load"]) == pytest.approx(1)
-  assert found[0].out == (
+  assert found.out == (
     f"{page}: 400 tokens; the busiest expert of layer 1 has"
     f" {layer['load_max_over_mean']:.2f} times an even share; dead experts:"
     " none\n"
   )
-  assert f"reading the validation split of {data}\n" in found[0].err
+  assert f"reading the validation split of {data}\n" in found.err
   parsed = Page(page.read_text(encoding="utf-8"))
   assert f"The parent is {mixture.parent / 'dense'}, and" in parsed.text
-  text = Page(other.read_text(encoding="utf-8")).text
-  assert "tokens by domain: en.txt 150, zh 150." in text
-  assert "byte fragment" in text and "No parent was asked for." in text
 
 
-def test_mistakes_are_refused(commands, mixture, dense, data, tmp_path):
+def test_mistakes_are_refused_and_bytes_are_read(
+  commands, mixture, dense, data, tmp_path
+):
   model, text = f"--model={mixture}", f"--text={TEXT}"
   taken = tmp_path / "taken.html"
   taken.write_text("")
@@ -177,13 +166,28 @@ def test_mistakes_are_refused(commands, mixture, dense, data, tmp_path):
       "--sequence_length=65",
     ],
   }
+  good = [
+    f"--model={in_bytes}",
+    f"{text},zh:experiments/data/smoke/zh.txt",
+    output,
+    "--max_tokens=150",
+    "--parent=",
+    "--min_count=5",
+  ]
   process = subprocess.run(
-    [sys.executable, "-c", _REFUSALS, json.dumps(list(cases.values()))],
+    [sys.executable, "-c", _MANY, json.dumps([*cases.values(), good])],
     cwd=ROOT,
+    env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
     capture_output=True,
     text=True,
     check=True,
   )
-  found = json.loads(process.stdout)
-  assert found == [message.strip() for message in cases]
-  assert names(tmp_path) == ["empty", "page.json", "taken.html"]
+  said, messages = process.stdout.splitlines()
+  expected = [message.strip() for message in cases]
+  assert json.loads(messages) == [*expected, ""]
+  assert said.startswith(f"{tmp_path}/out.html: 300 tokens; ")
+  # Nothing of those that were refused.
+  assert names(tmp_path) == ["empty", "out.html", "page.json", "taken.html"]
+  page = Page((tmp_path / "out.html").read_text(encoding="utf-8")).text
+  assert "tokens by domain: en.txt 150, zh 150." in page
+  assert "byte fragment" in page and "No parent was asked for." in page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ SOURCE = dataclasses.replace(
 
 
 def _source(path: pathlib.Path) -> StoredModel:
+  path.parent.mkdir(parents=True, exist_ok=True)
   model = tiny.stored(SOURCE, moments=None)
   models.save(path, model)
   return model
@@ -68,17 +70,6 @@ def _assert_copies(path: pathlib.Path, *, copies: list[list[int]]) -> str:
   return words
 
 
-def test_copies_are_what_the_lineage_says(tmp_path):
-  source = _source(tmp_path / "dense")
-  path = tmp_path / "mixture"
-  _grown(source, path, parent=str(tmp_path / "dense"), moe=MOE)
-  words = _assert_copies(path, copies=[[0, 1, 2, 3]])
-  assert words == (
-    f"The parent is {tmp_path}/dense, and this is made of it: 4 experts: 4"
-    " copies of an FFN, 10 hidden units an expert; a token meets 2."
-  )
-
-
 def test_shards_beside_a_shared_expert_and_a_mixture_made_of_them(tmp_path):
   """10 units: 2 shared, and 2 copies of 2 shards of 4; each then twice."""
   source = _source(tmp_path / "dense")
@@ -106,21 +97,30 @@ def test_some_of_the_layers(tmp_path):
   _assert_copies(tmp_path / "m", copies=[[0, 1, 2, 3]])
 
 
-def test_a_stage_of_the_same_workdir(tmp_path):
-  for name in ("dense", "moe"):
-    (tmp_path / "stages" / name).mkdir(parents=True)
-  source = _source(tmp_path / "stages" / "dense" / "model")
-  path = tmp_path / "stages" / "moe" / "model"
-  _grown(source, path, parent="dense", moe=MOE)
-  _assert_copies(path, copies=[[0, 1, 2, 3]])
-
-
 def _mixture(path: pathlib.Path, *events: Event, **sizes) -> None:
   config: ModelConfig = dataclasses.replace(SOURCE, moe=MOE, **sizes)
   models.save(
     path,
     tiny.stored(config, moments=None, lineage=Lineage(events=tuple(events))),
   )
+
+
+def test_a_path_or_a_stage_of_the_same_workdir(tmp_path):
+  stages = tmp_path / "stages"
+  _source(stages / "dense" / "model")
+  path = stages / "moe" / "model"
+  (stages / "moe").mkdir()
+  dense = f"{stages}/dense/model"
+  for parent in ("dense", dense):
+    if path.exists():
+      shutil.rmtree(path)
+    _mixture(path, Event(kind="scale_out", parent=parent))
+    _, family, words = _found(path)
+    assert family is not None and family.config == SOURCE
+    assert words == (
+      f"The parent is {dense}, and this is made of it: 4 experts: 4 copies of"
+      " an FFN, 10 hidden units an expert; a token meets 2."
+    )
 
 
 def test_without_a_parent_it_says_why(tmp_path):

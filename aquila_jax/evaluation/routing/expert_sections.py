@@ -77,25 +77,6 @@ def pairs(found: Inspection) -> Markup:
     )
     return page.section("pairs", "Pairs of experts", element("p", words))
   lifts = [measures.pair_lift(layer.together) for layer in found.layers]
-  rows = []
-  for layer, lift in zip(found.layers, lifts, strict=True):
-    share = layer.together / max(found.num_tokens, 1)
-    seldom, often = _extreme_pairs(lift)
-    rows.append(
-      (
-        str(layer.layer),
-        *(
-          "; ".join(
-            f"{a} and {b} ({formats.times(float(lift[a, b]))}×,"
-            f" {formats.percent(float(share[a, b]))})"
-            for a, b in chosen
-          )
-          or "none"
-          for chosen in (often, seldom)
-        ),
-      )
-    )
-  columns = ("layer", "most often together", "most seldom together")
   return page.section(
     "pairs",
     "Pairs of experts",
@@ -113,7 +94,7 @@ def pairs(found: Inspection) -> Markup:
       " explain: the product of the two, times one factor a layer that makes"
       " the sum over pairs right.",
     ),
-    Table(columns=columns, rows=rows, words=columns[1:]).html(),
+    _pair_table(found, lifts).html(),
     element(
       "p",
       "In brackets: how often the pair is met over what its loads explain, and"
@@ -121,6 +102,24 @@ def pairs(found: Inspection) -> Markup:
       class_="note",
     ),
   )
+
+
+def _pair_table(found: Inspection, lifts: list[np.ndarray]) -> Table:
+  columns = ("layer", "most often together", "most seldom together")
+  rows = []
+  for layer, lift in zip(found.layers, lifts, strict=True):
+    share = layer.together / max(found.num_tokens, 1)
+    seldom, often = _extreme_pairs(lift)
+    in_words = [
+      "; ".join(
+        f"{a} and {b} ({formats.times(float(lift[a, b]))}×,"
+        f" {formats.percent(float(share[a, b]))})"
+        for a, b in chosen
+      )
+      for chosen in (often, seldom)
+    ]
+    rows.append((str(layer.layer), *(words or "none" for words in in_words)))
+  return Table(columns=columns, rows=rows, words=columns[1:])
 
 
 def _extreme_pairs(

@@ -104,33 +104,41 @@ def layers_of(
   index = np.zeros(len(counts.occurrences), np.int64)
   for token, name in class_of.items():
     index[token] = number[name]
-  means = {
-    name: counts.mean(name)
-    for name in ("entropy", "top_gate", "z_loss", "dropped", "over")
-  }
-  has_capacity = counts.capacity_factor is not None
-  found = []
-  for row, layer in enumerate(counts.layers):
-    tokens, experts, number_of = counts.token_experts[row].entries()
-    by_class = np.zeros((len(classes), counts.num_experts), np.int64)
-    np.add.at(by_class, (index[tokens], experts), number_of)
-    load = shares(counts.load[row].sum(0))
-    found.append(
-      LayerRouting(
-        layer=layer,
-        load=load,
-        domain_load=shares(counts.load[row][counts.domain_tokens > 0]),
-        class_load=shares(by_class),
-        together=counts.together[row],
-        load_entropy=entropy(load),
-        router_entropy=float(means["entropy"][row]),
-        top_gate=float(means["top_gate"][row]),
-        router_z=float(means["z_loss"][row]),
-        dropped=float(means["dropped"][row]),
-        over_capacity=float(means["over"][row]) if has_capacity else None,
-      )
-    )
-  return found
+  return [
+    _layer(counts, row, index=index, num_classes=len(classes))
+    for row in range(len(counts.layers))
+  ]
+
+
+def _layer(
+  counts: RoutingCounts,
+  row: int,
+  *,
+  index: Int[np.ndarray, "V"],
+  num_classes: int,
+) -> LayerRouting:
+  """One layer; `index` is the class of each token."""
+  tokens, experts, met = counts.token_experts[row].entries()
+  by_class = np.zeros((num_classes, counts.num_experts), np.int64)
+  np.add.at(by_class, (index[tokens], experts), met)
+  load = shares(counts.load[row].sum(0))
+
+  def mean(name: str) -> float:
+    return float(counts.mean(name)[row])
+
+  return LayerRouting(
+    layer=counts.layers[row],
+    load=load,
+    domain_load=shares(counts.load[row][counts.domain_tokens > 0]),
+    class_load=shares(by_class),
+    together=counts.together[row],
+    load_entropy=entropy(load),
+    router_entropy=mean("entropy"),
+    top_gate=mean("top_gate"),
+    router_z=mean("z_loss"),
+    dropped=mean("dropped"),
+    over_capacity=None if counts.capacity_factor is None else mean("over"),
+  )
 
 
 def shares(counts: Int[np.ndarray, "*rows E"]) -> Float[np.ndarray, "*rows E"]:

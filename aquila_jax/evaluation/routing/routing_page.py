@@ -64,20 +64,6 @@ def render(found: Inspection) -> str:
 def _overview(found: Inspection) -> Markup:
   moe, worst = found.config.moe, found.worst
   assert moe is not None
-  num_dead = sum(map(len, found.dead().values()))
-  tiles = [
-    (f"{found.num_tokens:,}", "tokens read"),
-    (
-      f"{moe.num_experts} × {len(found.layers)}",
-      "experts × layers with experts",
-    ),
-    (str(moe.top_k), _top_k_in_words(found)),
-    (
-      formats.times(worst.max_over_mean),
-      f"max / mean load of the worst layer, {worst.layer}",
-    ),
-    (str(num_dead), "dead experts"),
-  ]
   heading = (
     f"The busiest expert of layer {worst.layer} has"
     f" {formats.times(worst.max_over_mean)} times an even share"
@@ -85,14 +71,7 @@ def _overview(found: Inspection) -> Markup:
   card = element(
     "div",
     element("h2", heading, id="result-title"),
-    element(
-      "ul",
-      *(
-        element("li", element("b", value), element("span", words))
-        for value, words in tiles
-      ),
-      class_="tiles",
-    ),
+    _tiles(found),
     class_="result",
   )
   return element(
@@ -103,6 +82,31 @@ def _overview(found: Inspection) -> Markup:
     id="result",
     class_="first",
     aria_labelledby="result-title",
+  )
+
+
+def _tiles(found: Inspection) -> Markup:
+  moe, worst = found.config.moe, found.worst
+  assert moe is not None
+  num_dead = sum(map(len, found.dead().values()))
+  size = f"{moe.num_experts} × {len(found.layers)}"
+  tiles = [
+    (f"{found.num_tokens:,}", "tokens read"),
+    (size, "experts × layers with experts"),
+    (str(moe.top_k), _top_k_in_words(found)),
+    (
+      formats.times(worst.max_over_mean),
+      f"max / mean load of the worst layer, {worst.layer}",
+    ),
+    (str(num_dead), "dead experts"),
+  ]
+  return element(
+    "ul",
+    *(
+      element("li", element("b", value), element("span", words))
+      for value, words in tiles
+    ),
+    class_="tiles",
   )
 
 

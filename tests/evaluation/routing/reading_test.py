@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import functools
 from typing import Any
 
 import jax
@@ -17,10 +16,11 @@ from aquila_jax.models import decoder_lm
 from aquila_jax.models.decoder_lm import DecoderLM
 from tests.evaluation import tiny
 from tests.evaluation.routing import tiny_moe
+from tests.growth.tiny import params as random_params
 
 CONFIGS = {
   "token choice": tiny_moe.CONFIG,
-  "mixed stack": tiny_moe.with_moe(3, layers=(0, 2)),
+  "mixed stack": tiny_moe.with_moe(layers=(1,)),
   "expert choice": tiny_moe.with_moe(
     choice="expert",
     router_order="sigmoid",
@@ -30,43 +30,59 @@ CONFIGS = {
 }
 
 
-def _listed(config, params):
-  """The pass of a decoder whose layers stand in a list, each by its number."""
+def _routes(config, params):
+  """Of a batch the routing, and by layer the experts of every token.
+
+  Those of a mixed stack are of a decoder whose layers stand in a list, each
+  under its number.
+  """
+  if not config.is_mixed:
+
+    def scanned(batch) -> Any:
+      ids, routing = reading._routes(config, params, batch)
+      return routing, dict(zip(config.moe_layers, ids, strict=True))
+
+    return scanned
+  listed = decoder_lm.list_layers(params, config)
 
   @jax.jit
-  def run(params, batch) -> Any:
+  def run(batch) -> Any:
+    out: Any
     out, variables = DecoderLM(config, listed=True).apply(
-      {"params": params},
+      {"params": listed},
       batch.tokens,
       positions=batch.positions,
       segments=batch.segments,
       mutable=["intermediates"],
     )
-    return out.routing, variables["intermediates"]
+    captured: Any = variables["intermediates"]
+    return out.routing, {
+      layer: captured[f"layer_{layer}"]["mlp"]["experts"][0]
+      for layer in config.moe_layers
+    }
 
-  return functools.partial(run, decoder_lm.list_layers(params, config))
+  return run
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_counts_are_those_of_plain_loops(name):
   config = CONFIGS[name]
-  init = jax.jit(functools.partial(decoder_lm.init_params, config))
-  params = init(key=jax.random.key(1))
+  params = random_params(config, seed=1)
   batches = tiny_moe.batches()
   said = []
   counts = reading.read(config, params, batches, num_domains=2, say=said.append)
-  run = _listed(inference_config(config), params)
+  run = _routes(inference_config(config), params)
   occurrences, domain_tokens = collections.Counter(), collections.Counter()
   load, together, met = (collections.Counter() for _ in range(3))
   sums: Any = collections.Counter()
   for batch in batches:
-    routing, captured = run(batch)
+    routing, experts = run(batch)
     real = np.argwhere(np.asarray(batch.segments) > 0)
     for b, t in real:
       occurrences[int(batch.tokens[b, t])] += 1
       domain_tokens[int(batch.languages[b, t])] += 1
     for row, layer in enumerate(config.moe_layers):
-      ids = np.asarray(captured[f"layer_{layer}"]["mlp"]["experts"][0])
+      ids = np.asarray(experts[layer])
       for b, t in real:
         chosen = [int(e) for e in ids[b, t] if e >= 0]
         for e in chosen:
