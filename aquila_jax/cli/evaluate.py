@@ -70,10 +70,14 @@ def main() -> None:
   if _OUTPUT.value:
     model_flags.check_output(_OUTPUT.value)
   if _DATA.value is None:
-    _refuse(*_OF_DATA, why="is of --data; this evaluates --tasks")
+    model_flags.refuse_given(
+      *_OF_DATA, why="is of --data; this evaluates --tasks"
+    )
     _on_tasks()
   else:
-    _refuse(*task_flags.OTHERS, why="is of --tasks; this evaluates --data")
+    model_flags.refuse_given(
+      *task_flags.OTHERS, why="is of --tasks; this evaluates --data"
+    )
     _on_data()
 
 
@@ -90,12 +94,7 @@ def _on_tasks() -> None:
 
 def _on_data() -> None:
   model = model_flags.load(_MODEL.value, flag="model", with_optimizer=False)
-  length = _SEQUENCE_LENGTH.value or model.config.context_length
-  if length > model.config.context_length:
-    raise errors.UserError(
-      f"--sequence_length={length}: expected at most the model's"
-      f" context_length={model.config.context_length}"
-    )
+  length = model_flags.row_length(_SEQUENCE_LENGTH.value, model.config)
   data = _data(model)
   enable_compilation_cache()
   scores = evaluate(
@@ -113,17 +112,12 @@ def _on_data() -> None:
     model_flags.write_json(_OUTPUT.value, record)
 
 
-def _refuse(*holders: Any, why: str) -> None:
-  """Refuses flags that would have no effect."""
-  for holder in holders:
-    if holder.present and not flags.FLAGS[holder.name].using_default_value:
-      raise errors.UserError(f"--{holder.name}={holder.value}: {why}")
-
-
 def _data(model: StoredModel) -> PreparedData:
   path = _DATA.value
   if (pathlib.Path(path).expanduser() / prepared.HEADER).exists():
-    _refuse(_LANGUAGE, _TEXT_FIELD, why="is of text; --data is prepared data")
+    model_flags.refuse_given(
+      _LANGUAGE, _TEXT_FIELD, why="is of text; --data is prepared data"
+    )
     data = PreparedData.open(path, what="--data")
     if not data.tokenizes_as(model.tokenizer):
       raise errors.UserError(
@@ -132,7 +126,7 @@ def _data(model: StoredModel) -> PreparedData:
         f" config.data.tokenizer.path='{_MODEL.value}/tokenizer.json'"
       )
     return data
-  _refuse(_SPLIT, why="is of prepared data; --data is text")
+  model_flags.refuse_given(_SPLIT, why="is of prepared data; --data is text")
   source = SourceConfig(
     path=path, language=_LANGUAGE.value, text_field=_TEXT_FIELD.value
   )

@@ -15,6 +15,7 @@ from etils import epath
 from aquila_jax.core import config as config_lib
 from aquila_jax.core import errors, files
 from aquila_jax.core.experiment_config import LARGEST_SEED, ExperimentConfig
+from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.model_dir import (
   ModelReader,
   StoredModel,
@@ -202,6 +203,36 @@ def load(path: str, *, flag: str, with_optimizer: bool = True) -> StoredModel:
     with_optimizer=with_optimizer,
     what=f"--{flag}",
   )
+
+
+def refuse_given(*holders: flags.FlagHolder, why: str) -> None:
+  """Refuses flags that were given and would have no effect.
+
+  Args:
+    *holders: the flags.
+    why: that they have none, for the message.
+
+  Raises:
+    errors.UserError: naming the first that was given.
+  """
+  for holder in holders:
+    if holder.present and not flags.FLAGS[holder.name].using_default_value:
+      raise errors.UserError(f"--{holder.name}={holder.value}: {why}")
+
+
+def row_length(given: int, config: ModelConfig) -> int:
+  """The tokens of a row: --sequence_length, or the model's context for 0.
+
+  Raises:
+    errors.UserError: where it is longer than that.
+  """
+  length = given or config.context_length
+  if length > config.context_length:
+    raise errors.UserError(
+      f"--sequence_length={length}: expected at most the model's"
+      f" context_length={config.context_length}"
+    )
+  return length
 
 
 def check_output(path: str) -> None:

@@ -186,6 +186,7 @@ def page(
   header: Markup,
   sections: Sequence[tuple[str, str, Markup]],
   footer: str,
+  style: str = "",
 ) -> str:
   """The whole file.
 
@@ -194,6 +195,7 @@ def page(
     header: above the sections.
     sections: key, name in the table of contents, and markup of each.
     footer: below them.
+    style: rules of this page, behind those of all.
 
   Returns:
     HTML.
@@ -222,7 +224,7 @@ def page(
       content="default-src 'none'; img-src data:; style-src 'unsafe-inline'",
     ),
     element("title", title),
-    element("style", Markup(_STYLE)),
+    element("style", Markup(_STYLE + style)),
   )
   frame = element("div", contents, body, class_="frame")
   html = element("html", head, element("body", frame), lang="en")

@@ -59,6 +59,22 @@ def mixed_layers(
   return mapped(config, block, name="layers")
 
 
+def stack_captured(captured: Any, config: ModelConfig) -> Any:
+  """What `apply` captured of the layers, stacked as parameters are.
+
+  Args:
+    captured: `intermediates/layers` of a decoder, mixed or not.
+    config: of the decoder.
+
+  Returns:
+    By part of a layer, trees of leaves [layers with that part, ...], from the
+    bottom up.
+  """
+  if not config.is_mixed:
+    return captured
+  return layer_runs.join(captured, _runs(config))
+
+
 def _runs(config: ModelConfig) -> tuple[Run, ...]:
   return layer_runs.find_runs(
     tuple(i in config.moe_layers for i in range(config.num_layers))

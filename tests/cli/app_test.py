@@ -22,7 +22,7 @@ VERBS = sorted(
 )
 
 
-def test_there_are_twelve_verbs():
+def test_there_are_thirteen_verbs():
   assert VERBS == [
     "compare_hf",
     "count",
@@ -32,6 +32,7 @@ def test_there_are_twelve_verbs():
     "fetch_model",
     "generate",
     "import_hf",
+    "inspect_routing",
     "prepare_data",
     "scale_out",
     "scale_up",
@@ -54,6 +55,8 @@ def test_help_of_every_verb_names_its_flags_and_ends_with_0(commands):
     "generate": "model prompt prompts_file max_new_tokens temperature top_k"
     " top_p seed stop_token batch_size [no]json",
     "import_hf": "source output param_dtype tokenizer",
+    "inspect_routing": "model data text output [no]json parent split language"
+    " max_tokens batch_size sequence_length dead min_count typical",
     "prepare_data": "config output",
     "scale_out": "config stage source sources output num_experts top_k"
     " moe_layers target method redraw redraw_units noise noise_share"

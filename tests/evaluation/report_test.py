@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html.parser
 import json
 import re
 
@@ -11,6 +10,7 @@ import pytest
 
 from aquila_jax.evaluation import report as report_lib
 from tests.evaluation import tiny
+from tests.evaluation.parsed_page import Page
 
 SECTIONS = [
   "result",
@@ -25,37 +25,6 @@ SECTIONS = [
   "machine",
   "configuration",
 ]
-VOID = {"meta", "br", "img"}
-
-
-class Page(html.parser.HTMLParser):
-  """Elements, attributes and text; fails on a tag that does not fit."""
-
-  def __init__(self, source: str):
-    super().__init__()
-    self.open: list[str] = []
-    self.tags: list[str] = []
-    self.attributes: list[tuple[str, str]] = []
-    self.text = ""
-    self.feed(source)
-    self.close()
-    assert self.open == []
-
-  def handle_starttag(self, tag, attrs):
-    self.tags.append(tag)
-    self.attributes += [(name, value or "") for name, value in attrs]
-    if tag not in VOID:
-      self.open.append(tag)
-
-  def handle_endtag(self, tag):
-    assert self.open.pop() == tag
-
-  def handle_data(self, data):
-    if "style" not in self.open:
-      self.text += data
-
-  def values(self, name: str) -> list[str]:
-    return [value for key, value in self.attributes if key == name]
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ from aquila_jax.core import axes
 from aquila_jax.core.model_config import GrowthMask, ModelConfig, MoeConfig
 from aquila_jax.core.types import RoutingStats
 from aquila_jax.layers import rotary
-from aquila_jax.models import decoder_lm
+from aquila_jax.models import decoder_lm, layer_runs
 from aquila_jax.models.decoder_lm import DecoderLM
 from aquila_jax.models.growth_mask import make_masks, weigh_losses
+from aquila_jax.models.mixed_layers import stack_captured
 
 EVERY_SECOND = ModelConfig(
   vocab_size=11,
@@ -298,6 +299,14 @@ def test_what_is_captured_lies_by_run_and_block():
     out = found[run][block][part]["__call__"][0]
     out = out[0] if part == "mlp" else out
     assert out.shape == (2, 2, 7, 8)  # repeats, rows, tokens, width
+
+
+def test_what_is_captured_comes_back_in_the_order_of_the_layers():
+  runs = layer_runs.find_runs(tuple(i in LIST.moe_layers for i in range(6)))
+  assert len(runs) == 2
+  stack = {"mlp": {"experts": (jnp.asarray(LIST.moe_layers, float),)}}
+  found = stack_captured(layer_runs.split(stack, runs), LIST)
+  assert found["mlp"]["experts"][0].tolist() == [1, 3, 4, 5]
 
 
 def test_a_deeper_pattern_is_no_longer_program():
