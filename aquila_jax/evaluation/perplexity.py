@@ -157,7 +157,7 @@ class Evaluator:
       np.asarray(
         _experts(
           self._config, params, self._placed(batches[0]), mask_value=mask_value
-        )
+        )[0]
       )
       for batches in self._batches.values()
     ]

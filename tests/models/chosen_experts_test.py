@@ -58,7 +58,7 @@ def _layer_by_layer(config, params) -> np.ndarray:
 @pytest.mark.parametrize("config", [LIST, _with_layers("all")])
 def test_experts_are_in_the_order_of_the_layers(config):
   params = _params(config)
-  found = jax.jit(lambda params: chosen_experts(config, params, _batch()))
+  found = jax.jit(lambda params: chosen_experts(config, params, _batch())[0])
   ids = np.asarray(found(params))
   assert ids.shape == (len(config.moe_layers), 2, 7, 2)
   np.testing.assert_array_equal(ids, _layer_by_layer(config, params))

@@ -4,45 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int
 
 from aquila_jax.core import errors
 from aquila_jax.core.model_config import ModelConfig
-from aquila_jax.core.types import Batch, Params, RoutingStats
+from aquila_jax.core.types import Batch, Params
 from aquila_jax.data import loader
 from aquila_jax.data.prepared import PreparedData, Split
 from aquila_jax.evaluation.routing.counts import RoutingCounts
 from aquila_jax.generation.decoding import inference_config
-from aquila_jax.models import layer_runs
-from aquila_jax.models.decoder_lm import DecoderLM
-from aquila_jax.models.mixed_layers import stack_captured
+from aquila_jax.models.chosen_experts import chosen_experts
 
 Say = Callable[[str], None]
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _routes(
-  config: ModelConfig, params: Params, batch: Batch
-) -> tuple[Int[Array, "L B T A"], RoutingStats]:
-  """The experts of every token in the layers that have any; -1 is none.
-
-  Nothing asks for logits, so that the compiler leaves the LM head out.
-  """
-  out: Any
-  out, variables = DecoderLM(config).apply(
-    {"params": params},
-    batch.tokens,
-    positions=batch.positions,
-    segments=batch.segments,
-    mutable=["intermediates"],
-  )
-  captured: Any = variables["intermediates"]
-  layers = stack_captured(captured["layers"], config)
-  return layers[layer_runs.EXPERTS]["experts"][0], out.routing
+_routes = functools.partial(jax.jit, static_argnames="config")(chosen_experts)
 
 
 def read(
