@@ -17,7 +17,7 @@ RUN := "$(BIN)" -m aquila_jax.cli.efficient_scale
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart smoke smollm2 smollm2-exact smollm2-trained \
-  reproduce-scale-up test parity lint format typecheck clean
+  reproduce-scale-up reproduce-scale-out test parity lint format typecheck clean
 
 help:
 	@echo "make quickstart   install, fetch the text, run EfficientScale, report"
@@ -25,6 +25,7 @@ help:
 	@echo "make smollm2      fetch SmolLM2-135M, grow it, train on, export"
 	@echo "make reproduce-scale-up   AquilaMoE's losses after growth, in small:" \
 	  "hours"
+	@echo "make reproduce-scale-out  what upcycling buys, in small: hours"
 	@echo "make test         install and run every test"
 	@echo "make parity       our models against those of transformers, with torch"
 	@echo "make lint         ruff: format and rules     make typecheck  pyright"
@@ -85,6 +86,12 @@ reproduce-scale-up: $(VENV)/installed
 	  --workdir=runs/reproduce_scale_up \
 	  --output=benchmarks/results/reproduce_scale_up.json \
 	  --page=docs/reproduce_scale_up.md
+
+reproduce-scale-out: $(VENV)/installed
+	@"$(BIN)" -m benchmarks.reproduce_scale_out \
+	  --workdir=runs/reproduce_scale_out \
+	  --output=benchmarks/results/reproduce_scale_out.json \
+	  --page=docs/reproduce_scale_out.md
 
 test: $(VENV)/installed-test
 	@"$(BIN)" -m pytest -q -n "$(TEST_WORKERS)" --maxprocesses 8 \

@@ -7,13 +7,20 @@ page.md beside this file has the frame, words.md what a person makes of it.
 
 from __future__ import annotations
 
-import json
 import pathlib
 import sys
 from collections.abc import Iterator
 
 from benchmarks.reproduce_scale_up import figure, initial, statistics
-from benchmarks.reproduce_scale_up.statistics import Results, Spread
+from benchmarks.reproduction import pages
+from benchmarks.reproduction.pages import shown, table
+from benchmarks.reproduction.statistics import (
+  Results,
+  Spread,
+  curves,
+  loss_at,
+  spread,
+)
 
 ARMS = {
   "fpi": "FPI, interpolation",
@@ -45,23 +52,22 @@ _HERE = pathlib.Path(__file__).resolve().parent
 
 def write(results: Results, path: pathlib.Path) -> None:
   """Writes the page, and its figure beside it."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  drawing = path.with_suffix(".svg")
-  drawing.write_text(figure.render(results, ARMS), encoding="utf-8")
-  path.write_text(render(results, figure_name=drawing.name), encoding="utf-8")
+  pages.write(
+    path,
+    drawing=figure.render(results, ARMS),
+    render=lambda name: render(results, figure_name=name),
+  )
 
 
 def render(results: Results, *, figure_name: str) -> str:
   """The page of a results file."""
   values = {
-    "date": results["date"],
-    "machine": ", ".join(f"{k}: {v}" for k, v in results["machine"].items()),
-    "versions": ", ".join(f"{k} {v}" for k, v in results["versions"].items()),
+    **pages.where_measured(results),
     "done": _done(results),
-    "models": _table(_models(results), left=1),
-    "source": _shown(statistics.initial_loss(results, "", "source")),
-    "unigram": _shown(
-      statistics.spread(
+    "models": table(_models(results), left=1),
+    "source": shown(statistics.initial_loss(results, "", "source")),
+    "unigram": shown(
+      spread(
         [row["unigram"] for row in statistics.initial(results, "", "source")]
       )
     ),
@@ -71,49 +77,20 @@ def render(results: Results, *, figure_name: str) -> str:
       for n, m in results["models"].items()
     ),
     "initial": "\n\n".join(_initial_tables(results)),
-    "findings": _table(_findings(results), left=3),
+    "findings": table(_findings(results), left=3),
     "figure": figure_name,
-    "arms": _table(_arm_rows(results), left=1),
-    "overtaking": _table(_overtaking(results), left=1),
-    "checks": _table(_checks(results), left=1),
-    "words": (_HERE / "words.md").read_text(encoding="utf-8").strip(),
+    "arms": table(_arm_rows(results), left=1),
+    "overtaking": table(_overtaking(results), left=1),
+    "checks": table(_checks(results), left=1),
   }
-  text = (_HERE / "page.md").read_text(encoding="utf-8")
-  for name, value in values.items():
-    text = text.replace("{" + name + "}", value)
-  return text
-
-
-def _shown(found: Spread | None) -> str:
-  return found.in_words() if found else "-"
-
-
-def _table(rows: list[list[str]], *, left: int) -> str:
-  """Rows of cells, the first of them the names of the columns.
-
-  Args:
-    rows: of as many cells each.
-    left: so many columns stand at the left, the others are numbers.
-
-  Returns:
-    Markdown; a line that says so where there are no rows.
-  """
-  if len(rows) < 2:
-    return "Not measured yet."
-  head, *body = rows
-  marks = ["---"] * left + ["--:"] * (len(head) - left)
-  return "\n".join(f"| {' | '.join(r)} |" for r in (head, marks, *body))
+  return pages.filled(_HERE, values)
 
 
 def _done(results: Results) -> str:
-  arms, seeds = results["arms"], results["seeds"]
-  whole = [
-    s for s, found in seeds.items() if all(a in found["stages"] for a in arms)
-  ]
-  measured = [s for s, found in seeds.items() if found["initial"]]
+  measured = [s for s, found in results["seeds"].items() if found["initial"]]
   return (
     f"Done so far: initial losses of {len(measured)} seeds, continued training"
-    f" of {len(whole)}."
+    f" of {pages.seeds_with(results, results['arms'])}."
   )
 
 
@@ -131,12 +108,6 @@ def _models(results: Results) -> list[list[str]]:
     ],
   ]
   for name, size in results["models"].items():
-    rates = [
-      size["tokens"] / found["stages"][name]["wall_s"]
-      for found in results["seeds"].values()
-      if name in found["stages"] and found["stages"][name]["wall_s"]
-    ]
-    rate = sum(rates) / len(rates) if rates else None
     rows.append(
       [
         "source" if name == "source" else "each arm",
@@ -146,7 +117,7 @@ def _models(results: Results) -> list[list[str]]:
         f"{size['heads']} / {size['groups']}",
         f"{size['parameters']:,}",
         f"{size['tokens']:,}",
-        f"{rate:,.0f}" if rate else "-",
+        pages.tokens_per_s(results, name, size["tokens"]),
       ]
     )
   return rows
@@ -167,11 +138,11 @@ def _initial_tables(results: Results) -> Iterator[str]:
           words,
           "exact" if found[0]["exact"] else "not exact",
           _PAPER.get((size, name), ""),
-          _shown(statistics.initial_loss(results, size, name)),
-          _shown(_rise(results, size, name)),
+          shown(statistics.initial_loss(results, size, name)),
+          shown(_rise(results, size, name)),
         ]
       )
-    yield f"### {size[0].upper()}{size[1:]}\n\n" + _table(rows, left=3)
+    yield f"### {size[0].upper()}{size[1:]}\n\n" + table(rows, left=3)
 
 
 def _rise(results: Results, size: str, method: str) -> Spread | None:
@@ -181,7 +152,7 @@ def _rise(results: Results, size: str, method: str) -> Spread | None:
     by_name = {(r["size"], r["method"]): r["loss"] for r in found["initial"]}
     if (size, method) in by_name:
       rises.append(by_name[size, method] - by_name["", "source"])
-  return statistics.spread(rises)
+  return spread(rises)
 
 
 def _findings(results: Results) -> list[list[str]]:
@@ -270,12 +241,12 @@ def _worst(results: Results) -> Spread | None:
       worst.append(
         max(abs(row["loss"] - source[0]) for row in rows if row["exact"])
       )
-  return statistics.spread(worst)
+  return spread(worst)
 
 
 def _last(results: Results, arm: str) -> Spread | None:
-  found = statistics.curves(results, arm)
-  return statistics.spread([curve[-1][1] for curve in found.values()])
+  found = curves(results, arm)
+  return spread([curve[-1][1] for curve in found.values()])
 
 
 def _arm_rows(results: Results) -> list[list[str]]:
@@ -284,7 +255,7 @@ def _arm_rows(results: Results) -> list[list[str]]:
     {
       tokens
       for arm in ARMS
-      for curve in statistics.curves(results, arm).values()
+      for curve in curves(results, arm).values()
       for tokens, _ in curve
     }
   )
@@ -295,9 +266,9 @@ def _arm_rows(results: Results) -> list[list[str]]:
   chosen = [points[i] for i in chosen if i <= last]
   rows = [["tokens", *(f"{tokens:,.0f}" for tokens in chosen)]]
   for arm, words in ARMS.items():
-    losses = [statistics.loss_at(results, arm, tokens) for tokens in chosen]
+    losses = [loss_at(results, arm, tokens) for tokens in chosen]
     if any(losses):
-      rows.append([words, *map(_shown, losses)])
+      rows.append([words, *map(shown, losses)])
   return rows
 
 
@@ -311,8 +282,8 @@ def _overtaking(results: Results) -> list[list[str]]:
         continue
       cells = []
       for seed in seeds:
-        mine = statistics.curves(results, arm).get(seed)
-        others = statistics.curves(results, other).get(seed)
+        mine = curves(results, arm).get(seed)
+        others = curves(results, other).get(seed)
         if mine is None or others is None:
           cells.append("-")
           continue
@@ -333,7 +304,7 @@ def _checks(results: Results) -> list[list[str]]:
     ("_source_third", "a source trained a third as long"),
   ):
     names = [f"fpi{suffix}", f"aki_pro{suffix}"]
-    both = [statistics.curves(results, name) for name in names]
+    both = [curves(results, name) for name in names]
     shared = [seed for seed in both[0] if seed in both[1]]
     if not shared:
       continue
@@ -350,10 +321,5 @@ def _checks(results: Results) -> list[list[str]]:
   return rows
 
 
-def main(arguments: list[str]) -> None:
-  results, page = map(pathlib.Path, arguments)
-  write(json.loads(results.read_text(encoding="utf-8")), page)
-
-
 if __name__ == "__main__":
-  main(sys.argv[1:])
+  pages.rewrite(sys.argv[1:], write)

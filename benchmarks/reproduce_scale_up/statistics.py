@@ -1,36 +1,10 @@
-"""Means over the seeds, and what is to be seen in them."""
+"""What is to be seen in the initial losses and in the curves."""
 
 from __future__ import annotations
 
-import dataclasses
-import statistics
-from collections.abc import Sequence
 from typing import Any
 
-Results = dict[str, Any]
-Curve = list[list[float]]  # tokens and loss, from before the first step
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Spread:
-  """A number of each seed."""
-
-  values: tuple[float, ...]
-
-  @property
-  def mean(self) -> float:
-    return statistics.fmean(self.values)
-
-  @property
-  def half_range(self) -> float:
-    return (max(self.values) - min(self.values)) / 2
-
-  def in_words(self) -> str:
-    """The mean, and half of the range where there are several seeds."""
-    mean = f"{round(self.mean, 3) + 0.0:.3f}"  # no -0.000
-    if len(self.values) < 2:
-      return mean
-    return f"{mean} ± {self.half_range:.3f}"
+from benchmarks.reproduction.statistics import Curve, Results, Spread, spread
 
 
 def initial(results: Results, size: str, method: str) -> list[dict[str, Any]]:
@@ -46,31 +20,6 @@ def initial(results: Results, size: str, method: str) -> list[dict[str, Any]]:
 def initial_loss(results: Results, size: str, method: str) -> Spread | None:
   rows = initial(results, size, method)
   return spread([row["loss"] for row in rows])
-
-
-def spread(values: Sequence[float]) -> Spread | None:
-  return Spread(values=tuple(values)) if values else None
-
-
-def curves(results: Results, arm: str) -> dict[str, Curve]:
-  """The validation curves of an arm, by seed."""
-  return {
-    seed: found["stages"][arm]["curve"]
-    for seed, found in results["seeds"].items()
-    if arm in found["stages"]
-  }
-
-
-def loss_at(results: Results, arm: str, tokens: float) -> Spread | None:
-  """The losses of an arm at a validation, a seed each."""
-  return spread(
-    [
-      loss
-      for curve in curves(results, arm).values()
-      for at, loss in curve
-      if at == tokens
-    ]
-  )
 
 
 def overtaken_at(arm: Curve, other: Curve) -> float | None:
