@@ -65,9 +65,7 @@ def cluster_rows(
   x: Float[np.ndarray, "M D"], *, count: int, seed: int
 ) -> Float[np.ndarray, "D count"]:
   """The mean of each of `count` clusters (k-means++, then Lloyd's steps)."""
-  centres, _ = vq.kmeans2(
-    x.astype(np.float64), count, minit="++", rng=np.random.default_rng(seed)
-  )
+  centres, _ = vq.kmeans2(x, count, minit="++", rng=np.random.default_rng(seed))
   return centres.T
 
 
