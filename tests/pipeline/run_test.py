@@ -49,7 +49,10 @@ def _assert_same(workdir: pathlib.Path, whole: pathlib.Path) -> None:
 def test_every_stage_leaves_its_files(whole):
   for name in STAGES:
     folder = whole.workdir / "stages" / name
-    assert {path.name for path in folder.iterdir()} == {
+    of_mixture = (
+      {"routing.jsonl"} if name in ("scale_out", "control") else set()
+    )
+    assert {path.name for path in folder.iterdir()} == of_mixture | {
       "stage.json",
       "checkpoints",
       "metrics.jsonl",
@@ -65,6 +68,18 @@ def test_every_stage_leaves_its_files(whole):
     "report.html",
     "summary.json",
   }
+
+
+def test_routing_is_compared_with_the_last_checkpoints(whole):
+  folder = epath.Path(whole.workdir) / "stages/scale_out"
+  rows = read_rows(folder / "routing.jsonl")
+  assert rows[-1]["step"] == 4
+  for row in rows:
+    assert row["since_step"] < row["step"]
+    assert len(row["agreement"]) == 3  # layers
+    assert all(0 <= share <= 1 for share in row["agreement"])
+  load = read_rows(folder / "metrics.jsonl")[-1]["expert_load_by_language"]
+  assert set(load) == {"en", "zh"}
 
 
 def test_the_lineage_of_the_mixture_is_the_whole_story(whole):
