@@ -310,19 +310,14 @@ def _named(part: str) -> tuple[str, str]:
   return (name, path) if colon else (part, part)
 
 
-def _trees(job: _Job, plan: Plan, calibration: Calibration):
-  return scaled_out_trees(
-    job.sources, plan, job.options, calibration=calibration, seed=_SEED.value
-  )
-
-
 def _checked(job: _Job, plan: Plan, calibration: Calibration) -> Check:
   source = job.sources[0]
+  trees = scaled_out_trees(
+    job.sources, plan, job.options, calibration=calibration, seed=_SEED.value
+  )
   return checking.check(
     ReadModel(config=source.model.config, params=source.params),
-    ReadModel(
-      config=job.target, params=_trees(job, plan, calibration)["params"]
-    ),
+    ReadModel(config=job.target, params=trees["params"]),
     _CHECK.tokens(source),
   )
 
@@ -343,7 +338,10 @@ def _write(
     checked=checked,
     progress=model_flags.now_and_then(),
   )
-  with_optimizer = "mu" in _trees(job, plan, calibration)
+  source = job.sources[0]
+  with_optimizer = (
+    job.options.optimizer == "grow" and source.optimizer is not None
+  )
   model_flags.say_written(output, made, with_optimizer=with_optimizer)
 
 

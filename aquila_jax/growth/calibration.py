@@ -100,20 +100,15 @@ def calibrate(
   if way.of_source is not None:
     return Calibration()
   shape = (len(way.layers), target.embed_dim, way.copies)
-  std, dtype = way.moe.router_init_std, jnp.dtype(target.param_dtype)
-  rows = routers.drawn_rows(shape, std=std, seed=seed)
-  if not what:
-    return Calibration(rows=rows.astype(dtype))
-  assert sample is not None
-  measured = _measured(
-    way, source, target, options, rows=rows, sample=sample, seed=seed
-  )
-  return dataclasses.replace(measured, rows=_not_none(measured).astype(dtype))
-
-
-def _not_none(calibration: Calibration) -> np.ndarray:
-  assert calibration.rows is not None
-  return calibration.rows
+  rows = routers.drawn_rows(shape, std=way.moe.router_init_std, seed=seed)
+  constants = None
+  if what:
+    assert sample is not None
+    rows, constants = _measured(
+      way, source, target, options, rows=rows, sample=sample, seed=seed
+    )
+  dtype = jnp.dtype(target.param_dtype)
+  return Calibration(rows=rows.astype(dtype), constants=constants)
 
 
 def _measured(
@@ -125,7 +120,8 @@ def _measured(
   rows: Float[np.ndarray, "L D copies"],
   sample: Sample,
   seed: int,
-) -> Calibration:
+) -> tuple[Float[np.ndarray, "L D copies"], Constants | None]:
+  """The rows, anew where they are from text, and the constants if needed."""
   rows = rows.copy()
   constants = []
 
@@ -149,11 +145,9 @@ def _measured(
     routers.refuse_domains(sample, copies=way.copies, what="router")
   watch_ffn_inputs(source, _rows_of(sample), watch)
   if not way.needs_constant:
-    return Calibration(rows=rows)
+    return rows, None
   values, errors_ = np.asarray(constants).T
-  return Calibration(
-    rows=rows, constants=Constants(values=values, errors=errors_)
-  )
+  return rows, Constants(values=values, errors=errors_)
 
 
 def _usage(

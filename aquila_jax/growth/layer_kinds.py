@@ -48,19 +48,18 @@ def check_kinds(
   )
 
 
-def dense_leaf(name: str, *, separator: str = ".") -> str:
+def dense_leaf(name: str) -> str:
   """The leaf of a dense model that a leaf of a mixture is made of.
 
   Args:
-    name: of the mixture's leaf, its keys joined.
-    separator: between the keys.
+    name: of the mixture's leaf, its keys joined by dots.
 
   Returns:
     The name of the dense model's: the same, but for the FFNs of a mixture that
     has some left.
   """
-  keys = [EXPERTS if key == DENSE else key for key in name.split(separator)]
-  return separator.join(keys)
+  keys = [EXPERTS if key == DENSE else key for key in name.split(".")]
+  return ".".join(keys)
 
 
 def dense_index(axes: LeafAxes, index: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -266,12 +266,11 @@ def grown_header(
   if checked is not None:
     growth["check"] = dataclasses.asdict(checked)
   # What the source and the others went through together counts once.
-  known = [dataclasses.asdict(event) for event in source.lineage.events]
   others = [
     event
     for lineage in mixed
     for event in lineage.events
-    if dataclasses.asdict(event) not in known
+    if event not in source.lineage.events
   ]
   event = Event(
     kind="scale_out",

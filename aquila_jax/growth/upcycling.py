@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Float
 
 from aquila_jax.core import errors
-from aquila_jax.core.experiment_config import MERGING_METHODS, ScaleOut
+from aquila_jax.core.experiment_config import ScaleOut
 from aquila_jax.core.model_config import ModelConfig, MoeConfig
 from aquila_jax.growth.methods import option
 from aquila_jax.growth.scale_up import refuse_masked
@@ -228,7 +228,7 @@ def make_upcycling(
   Args:
     source: what is there: dense, or a mixture.
     target: what is wanted, with `moe`.
-    options: the method and its options.
+    options: the method, none that merges, and its options.
     path: the dotted name of `target`, for messages.
 
   Returns:
@@ -242,11 +242,6 @@ def make_upcycling(
   moe = target.moe
   if moe is None:
     raise errors.UserError(f"{path}.moe=None: expected the experts to make")
-  if options.method in MERGING_METHODS:
-    raise errors.UserError(
-      f"{path}.moe: expected None; method={options.method!r} makes one FFN of"
-      " all experts"
-    )
   if source.moe is not None:
     _check_experts(source, target, options, path=path)
   if options.router != "normal" and not moe.router_init_std:

@@ -290,8 +290,9 @@ def _start(job: TrainJob, program: _Program, *, saved: Checkpoints) -> _Run:
     recorder=recorder,
     validated_step=progress["validated_step"],
     saved_at=time.monotonic(),
+    # A run that is done already saves no more.
     watch=None
-    if job.route is None
+    if job.route is None or step == job.total_steps
     else RoutingWatch.start(
       job.route, state.params, layers=job.model.moe_layers, step=step
     ),
