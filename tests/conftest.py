@@ -1,4 +1,8 @@
-"""Settings of every test: strict types, strict promotion, 8 devices."""
+"""Settings of every test: strict types, strict promotion, 8 devices.
+
+On an accelerator (JAX_PLATFORMS=cuda) there are as many devices as there are;
+what needs 8 of them fails there, and float32 is computed in full.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,11 @@ from importlib import metadata
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
   [
-    "--xla_backend_optimization_level=0",
+    *(
+      ["--xla_backend_optimization_level=0"]
+      if os.environ["JAX_PLATFORMS"] == "cpu"
+      else []
+    ),
     # A flag that XLA does not know ends the process: a later jaxlib, which may
     # have dropped this one, does without it and takes longer.
     "--xla_cpu_use_fusion_emitters=false"
@@ -21,6 +29,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     "--xla_force_host_platform_device_count=8",
   ]
 )
+# Several processes share an accelerator.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # One process a core runs the tests; threads of the libraries stay out.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -31,6 +41,9 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_threefry_partitionable", True)
+if os.environ["JAX_PLATFORMS"] != "cpu":
+  # By default products of float32 are of TF32 on GPUs, of bfloat16 on TPUs.
+  jax.config.update("jax_default_matmul_precision", "highest")
 
 # Shapes in annotations are checked at every call while tests run.
 install_import_hook("aquila_jax", "beartype.beartype")

@@ -144,10 +144,13 @@ def _run(
   layers = StreamedLayers(config, model.params, leaves)
   for number in range(config.num_layers):
     layer = layers.read(number)
-    parts = [
-      layer(x[part], rows.positions[part], rows.segments[part])
-      for part in _parts(rows)
-    ]
+    # Accelerators would take float32 as TF32 or bfloat16, and the difference
+    # found would be theirs.
+    with jax.default_matmul_precision("highest"):
+      parts = [
+        layer(x[part], rows.positions[part], rows.segments[part])
+        for part in _parts(rows)
+      ]
     x = jnp.concatenate([out for out, _ in parts])
     if watch is not None:
       watch(number, np.concatenate([np.asarray(seen) for _, seen in parts]))

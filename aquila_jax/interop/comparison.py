@@ -286,10 +286,12 @@ def _logits(
   row: Int[Array, "B T"],
   valid: Bool[np.ndarray, "B T"] | Bool[Array, "B T"],
 ) -> Float[Array, "B T V"]:
-  out: Any = DecoderLM(config).apply(
-    {"params": params},
-    row,
-    positions=jnp.arange(row.shape[1])[None],
-    segments=valid.astype(jnp.int32),
-  )
+  # As torch computes: not in TF32 or bfloat16 where an accelerator would.
+  with jax.default_matmul_precision("highest"):
+    out: Any = DecoderLM(config).apply(
+      {"params": params},
+      row,
+      positions=jnp.arange(row.shape[1])[None],
+      segments=valid.astype(jnp.int32),
+    )
   return out.logits

@@ -9,10 +9,20 @@ import jax
 from absl import logging
 from jaxtyping import Array, Float, Int
 
-from aquila_jax.kernels.expert_ffn import cpu_loop, reference
+from aquila_jax.kernels.expert_ffn import (
+  cpu_loop,
+  pallas_gpu,
+  ragged,
+  reference,
+)
 
-Implementation = Literal["xla", "cpu_loop"]
-_BACKENDS = {"xla": reference.expert_ffn, "cpu_loop": cpu_loop.expert_ffn}
+Implementation = Literal["xla", "ragged_dot", "cpu_loop", "pallas_gpu"]
+_BACKENDS = {
+  "xla": reference.expert_ffn,
+  "ragged_dot": ragged.expert_ffn,
+  "cpu_loop": cpu_loop.expert_ffn,
+  "pallas_gpu": pallas_gpu.expert_ffn,
+}
 
 
 def expert_ffn(
@@ -30,7 +40,7 @@ def expert_ffn(
   Args:
     rows: P blocks of Q rows; all rows of a block belong to one expert.
     kernels: gate, up and down of all E experts.
-    block_expert: the expert of every block.
+    block_expert: the expert of every block, in ascending order.
     num_blocks: how many of the P blocks are in use; they come first. The
       others give zeros.
     implementation: None chooses by platform.
@@ -41,7 +51,7 @@ def expert_ffn(
   Raises:
     NotImplementedError: where `implementation` is not one of the backends.
   """
-  name = implementation or _platform_default()
+  name = implementation or platform_default()
   if name not in _BACKENDS:
     raise NotImplementedError(
       f"implementation={name!r}; there are {', '.join(_BACKENDS)}"
@@ -52,8 +62,19 @@ def expert_ffn(
 
 
 @functools.cache
-def _platform_default() -> Implementation:
+def platform_default() -> Implementation:
+  """The backend that measured best here; logged once.
+
+  On one GPU pallas_gpu: of a matmul's rate it gets half, forward and backward,
+  where gathered kernels and ragged_dot get a tenth and take many times the
+  memory (benchmarks/results/expert_ffn_gpu.json, an H200). Over several devices
+  the compiler cannot split its kernels, and gathered ones it can.
+  """
   platform = jax.default_backend()
-  name: Implementation = "cpu_loop" if platform == "cpu" else "xla"
+  name: Implementation = "xla"
+  if platform == "cpu":
+    name = "cpu_loop"
+  elif platform == "gpu" and jax.device_count() == 1:
+    name = "pallas_gpu"
   logging.info("expert_ffn: %s on %s", name, platform)
   return name

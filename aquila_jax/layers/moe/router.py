@@ -60,7 +60,13 @@ class Router(nn.Module):
     )
     dtype = dtypes.at_least_float32(x.dtype)
     x = self._jittered(x.astype(dtype))
-    plain = jnp.einsum("MD,DE->ME", x, kernel.astype(dtype))
+    # Accelerators would take float32 as TF32 or bfloat16 and choose others.
+    plain = jnp.einsum(
+      "MD,DE->ME",
+      x,
+      kernel.astype(dtype),
+      precision=jax.lax.Precision.HIGHEST,
+    )
     logits = plain
     if self.moe.logit_normalisation is not None:
       logits = self.moe.logit_normalisation * _normalised(plain)

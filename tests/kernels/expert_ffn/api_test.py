@@ -12,16 +12,30 @@ from aquila_jax.kernels.expert_ffn import api
 from tests.kernels.expert_ffn import contract
 
 
-def test_cpu_takes_the_loop():
+@pytest.mark.parametrize(
+  ("platform", "devices", "name"),
+  [
+    ("cpu", 8, "cpu_loop"),
+    ("gpu", 1, "pallas_gpu"),
+    ("gpu", 2, "xla"),
+    ("tpu", 1, "xla"),
+  ],
+)
+def test_each_platform_has_its_own(monkeypatch, platform, devices, name):
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
+  monkeypatch.setattr(jax, "device_count", lambda: devices)
+  assert api.platform_default.__wrapped__() == name
+
+
+def test_none_is_that_of_this_platform():
   rows, kernels, block_expert, used = contract.inputs()
   blocks = dict(block_expert=block_expert, num_blocks=used)
   default, loop = (
     jax.jit(api.expert_ffn, static_argnames="implementation")(
       rows, kernels, implementation=name, **blocks
     )
-    for name in (None, "cpu_loop")
+    for name in (None, api.platform_default())
   )
-  assert jax.default_backend() == "cpu"
   np.testing.assert_array_equal(default, loop)
 
 
@@ -37,5 +51,5 @@ def test_unknown_backend_is_refused():
       implementation="triton",
     )
   assert str(error.value) == (
-    "implementation='triton'; there are xla, cpu_loop"
+    "implementation='triton'; there are xla, ragged_dot, cpu_loop, pallas_gpu"
   )
