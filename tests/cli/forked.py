@@ -1,0 +1,79 @@
+"""Commands without the two seconds that their imports take.
+
+One process imports what they need and forks for each of them. A fork has a
+command's arguments, environment, directory and standard streams, and ends as it
+does; what differs is that modules were imported before. `Commands.start` starts
+a process as users do.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import pathlib
+import runpy
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.cli.preloaded"])
+
+
+def run(
+  verb: str,
+  arguments: Sequence[str],
+  *,
+  directory: pathlib.Path,
+  environment: Mapping[str, str],
+) -> tuple[int, str, str]:
+  """Runs a command to its end.
+
+  Args:
+    verb: a module of aquila_jax.cli.
+    arguments: behind it.
+    directory: to run it in.
+    environment: all of its variables; those of jax are read at its import and
+      must be those of this process.
+
+  Returns:
+    The code it ended with, standard output, and standard error.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    out, err = (pathlib.Path(folder) / name for name in ("out", "err"))
+    process = _CONTEXT.Process(
+      target=_command,
+      args=(verb, list(arguments), str(directory), dict(environment)),
+      kwargs=dict(out=str(out), err=str(err)),
+    )
+    process.start()
+    process.join()
+    code = process.exitcode
+    process.close()
+    assert code is not None
+    return code, out.read_text("utf-8"), err.read_text("utf-8")
+
+
+def _command(
+  verb: str,
+  arguments: list[str],
+  directory: str,
+  environment: dict[str, str],
+  *,
+  out: str,
+  err: str,
+) -> None:
+  """In the fork: the command, and what Python does at its end."""
+  for path, number in ((os.devnull, 0), (out, 1), (err, 2)):
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+    os.dup2(os.open(path, flags, 0o600), number)
+  os.chdir(directory)
+  os.environ.clear()
+  os.environ.update(environment)
+  module = f"aquila_jax.cli.{verb}"
+  sys.argv = [module, *arguments]
+  try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+  finally:
+    atexit._run_exitfuncs()
