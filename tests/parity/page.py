@@ -24,6 +24,7 @@ _SECTIONS = (
   "another language",
   "imported",
   "exported",
+  "upcycled",
   "QKV bias and experts",
 )
 # Of which the differences are reported without a limit.
