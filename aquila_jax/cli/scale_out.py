@@ -30,7 +30,7 @@ from absl import flags
 from aquila_jax.cli import app, config_door, growth_flags, model_flags
 from aquila_jax.core import config as config_lib
 from aquila_jax.core import errors
-from aquila_jax.core.allocator import keep_freed_memory
+from aquila_jax.core.allocator import keep_freed_memory, release_freed_memory
 from aquila_jax.core.experiment_config import (
   MERGING_METHODS,
   WITHOUT_MOMENTS,
@@ -162,9 +162,11 @@ def main() -> None:
   for line in plan.lines():
     print(line, flush=True)
   calibration = _calibrated(job, plan, needs_text=needs_text)
+  release_freed_memory()
   checked = None
   if _CHECK.wanted:
     checked = _checked(job, plan, calibration)
+    release_freed_memory()
     growth_flags.say_checked(plan.exactness, checked)
   if not _DRY_RUN.value:
     _write(job, plan, calibration, checked=checked)

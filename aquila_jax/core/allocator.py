@@ -3,8 +3,8 @@
 glibc gives every large block back to the system when it is freed, and the next
 one is new pages, each of which the system has to clear: reading slices of
 117 MB through TensorStore took 0.21 s each on 2 CPU cores, and 0.06 s with
-memory that is kept. Resident memory then stays at its peak until the process
-ends.
+memory that is kept. Resident memory then stays at its peak until it is released
+or the process ends.
 """
 
 from __future__ import annotations
@@ -34,3 +34,17 @@ def keep_freed_memory() -> bool:
   return bool(
     taken and (mallopt(_MMAP_THRESHOLD, _LARGEST) or mallopt(_MMAP_MAX, 0))
   )
+
+
+def release_freed_memory() -> bool:
+  """Gives what is free back to the system, between two steps of a command.
+
+  What one left in pieces would otherwise lie beside what the next one takes.
+
+  Returns:
+    Whether there was any, and the allocator gave it back.
+  """
+  try:
+    return bool(ctypes.CDLL(None).malloc_trim(0))
+  except (AttributeError, OSError, TypeError):
+    return False

@@ -132,7 +132,9 @@ class UpcycledTree:
     value = self._ffn(self._sources[0], name, (layer, ...))
     value = _units(value, shared.units, dim)
     c = up.kernel_scale(up.shared_scale, reads_mlp=reads_mlp)
-    return self._scaled(value, c, meets=1.0, weight=shared.share)
+    return self._scaled(
+      value, c, dtype=spec.dtype, meets=1.0, weight=shared.share
+    )
 
   def _expert(self, name: str, spec: LeafSpec, index: Index) -> np.ndarray:
     up, moe = self._up, self._up.moe
@@ -159,20 +161,27 @@ class UpcycledTree:
     if old is not None:
       meets *= old.num_experts / old.top_k
       weight *= old.top_k
-    return self._scaled(value, c, meets=meets, weight=weight)
+    return self._scaled(value, c, dtype=spec.dtype, meets=meets, weight=weight)
 
   def _ffn(self, tree: Recent, name: str, index: Index) -> np.ndarray:
     kernel = self._kernels[name.rpartition(".")[2]]
     return tree.read(self._prefix + kernel, index=index)
 
   def _scaled(
-    self, value: np.ndarray, c: float, *, meets: float, weight: float
+    self,
+    value: np.ndarray,
+    c: float,
+    *,
+    dtype: np.dtype,
+    meets: float,
+    weight: float,
   ) -> np.ndarray:
     """A kernel times its factor, or a moment times what follows from it.
 
     Args:
       value: of the source.
       c: the kernel's factor.
+      dtype: of the target.
       meets: p, the share of the tokens that it meets, of those that its source
         meets.
       weight: w C, of the same.
@@ -182,7 +191,11 @@ class UpcycledTree:
       factor = meets * (weight / c) ** _POWER[self._role]
     if factor == 1:
       return value
-    return value * np.asarray(factor, _wide(value.dtype))
+    # Some rows at once: in a wide dtype the whole would be twice as large.
+    scaled = np.empty(value.shape, dtype)
+    for rows in blocks(len(value), width=value.shape[1]):
+      scaled[rows] = value[rows] * np.asarray(factor, _wide(value.dtype))
+    return scaled
 
   def _changed(
     self,

@@ -11,8 +11,8 @@ import pytest
 # Page faults of a second block of 64 MiB, after the first was freed.
 _PROGRAM = """
 import ctypes, resource, sys
-from aquila_jax.core.allocator import keep_freed_memory
-if sys.argv[1] == "keep":
+from aquila_jax.core.allocator import keep_freed_memory, release_freed_memory
+if sys.argv[1] != "leave":
   assert keep_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
@@ -23,6 +23,8 @@ for _ in range(2):
   block = libc.malloc(2**26)
   ctypes.memset(block, 1, 2**26)
   libc.free(block)
+  if sys.argv[1] == "release":
+    assert release_freed_memory()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -43,3 +45,4 @@ def test_a_block_that_was_freed_is_used_again():
   # Pages have 4 KiB or, where the system gives larger ones, 2 MiB.
   assert faults("keep") < 16
   assert faults("leave") >= 32
+  assert faults("release") >= 32
