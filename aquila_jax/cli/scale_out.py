@@ -242,6 +242,7 @@ def _target(source: ModelConfig, options: ScaleOut) -> ModelConfig:
     moe = config_lib.to_dict(old) | {
       "num_experts": num_experts,
       "top_k": top_k or more * old.top_k,
+      "dense_mlp_dim": None,  # see _with_kept_ffns
     }
   if _MOE_LAYERS.value is not None:
     moe["layers"] = _MOE_LAYERS.value
@@ -249,12 +250,24 @@ def _target(source: ModelConfig, options: ScaleOut) -> ModelConfig:
   try:
     # Names a flag where it is the flag's value that is wrong.
     model_flags.build(MoeConfig, **moe)
-    return growth_flags.changed(fields, _TARGET.value)[0]
+    target = growth_flags.changed(fields, _TARGET.value)[0]
   except errors.UserError as error:
     message = str(error)
     for given in ("--target.moe.layers=", "--target: moe.layers=", "--layers="):
       message = message.replace(given, "--moe_layers=")
     raise errors.UserError(message) from error
+  return _with_kept_ffns(target, source)
+
+
+def _with_kept_ffns(target: ModelConfig, source: ModelConfig) -> ModelConfig:
+  """Where experts get another width, other layers keep that of the source."""
+  moe, kept = target.moe, source.dense_mlp_dim
+  if moe is None or moe.dense_mlp_dim is not None:
+    return target
+  if not target.is_mixed or target.mlp_dim == kept:
+    return target
+  moe = dataclasses.replace(moe, dense_mlp_dim=kept)
+  return dataclasses.replace(target, moe=moe)
 
 
 def _calibrated(job: _Job, plan: Plan, *, needs_text: bool) -> Calibration:

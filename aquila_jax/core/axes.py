@@ -20,8 +20,10 @@ Legend of axis letters, the same in annotations, einsums and comments:
   Q  rows per block
 
 Logical axis names are words: embed, kv_head, q_per_kv, head_dim, mlp, expert,
-vocab, layer; shared_mlp and shared_expert are of the expert that every token
-meets beside the routed ones: its hidden width, and how many gates it has.
+vocab, layer; dense_mlp is the hidden width of the FFNs that layers without
+experts have where others have experts; shared_mlp and shared_expert are of the
+expert that every token meets beside the routed ones: its hidden width, and how
+many gates it has.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ AXIS_NAMES = (
   "head_dim",
   "mlp",
   "expert",
+  "dense_mlp",
   "shared_mlp",
   "shared_expert",
 )

@@ -106,9 +106,9 @@ class ScaleUp:
   # One of GROWTH_METHODS, or "module:function" of a method of one's own.
   method: str = "aki_pro"
   width_map: WidthMap = "circular"
-  # A JSON file of maps by axis name (embed, mlp, kv_head, q_per_kv, layer,
-  # vocab): for every target index the source index that it copies. They stand
-  # in place of those that the method would choose.
+  # A JSON file of maps by axis name (embed, mlp, dense_mlp, kv_head, q_per_kv,
+  # layer, vocab): for every target index the source index that it copies. They
+  # stand in place of those that the method would choose.
   maps: str = ""
   # None: the method's own.
   depth: DepthRule | None = None

@@ -71,9 +71,10 @@ class MoeConfig:
   num_experts: int = 8
   top_k: int = 2
   # Those with experts: all, 1, 3, 5, ... (as in GShard and Switch), L // 2 to
-  # L - 1, or a list in rising order. The others keep a dense FFN, of the same
-  # mlp_dim.
+  # L - 1, or a list in rising order. The others keep a dense FFN.
   layers: LayerPattern | tuple[int, ...] = "all"
+  # Hidden width of those FFNs; None is that of an expert, mlp_dim.
+  dense_mlp_dim: int | None = None
   # What a gate is made of, and what experts are ranked by.
   router_order: RouterOrder = "topk_then_softmax"
   # Divide the chosen gates by their sum; a no-op for topk_then_softmax.
@@ -116,6 +117,10 @@ class MoeConfig:
       f"shared_expert_dim={self.shared_expert_dim}: need >= 0; 0 is none",
     )
     require(self.num_experts >= 2, f"num_experts={self.num_experts}: need >= 2")
+    require(
+      self.dense_mlp_dim is None or self.dense_mlp_dim >= 1,
+      f"dense_mlp_dim={self.dense_mlp_dim}: need >= 1, or None for mlp_dim",
+    )
     require(
       1 <= self.top_k <= self.num_experts,
       f"top_k={self.top_k}: need 1 <= top_k <= num_experts={self.num_experts}",
@@ -272,7 +277,8 @@ class ModelConfig:
   vocab_size: int
   num_layers: int
   embed_dim: int  # D
-  mlp_dim: int  # F; of each expert, in a mixture
+  # F; of each expert, in a mixture (moe.dense_mlp_dim is of its other layers).
+  mlp_dim: int
   num_heads: int  # N
   num_kv_heads: int  # K
   head_dim: int  # H
@@ -354,6 +360,11 @@ class ModelConfig:
       f"moe.layers={moe.layers}: need layers below"
       f" num_layers={self.num_layers}",
     )
+    require(
+      moe.dense_mlp_dim is None or self.is_mixed,
+      f"moe.dense_mlp_dim={moe.dense_mlp_dim}: expected None with moe.layers="
+      f"{moe.layers!r}, which leaves no layer a dense FFN",
+    )
 
   def _check_mask(self, mask: GrowthMask) -> None:
     for name in MASKED_SIZES:
@@ -366,6 +377,11 @@ class ModelConfig:
       all(0 <= layer < self.num_layers for layer in mask.new_layers),
       f"growth_mask.new_layers={mask.new_layers}: need layers below"
       f" num_layers={self.num_layers}",
+    )
+    require(
+      self.dense_mlp_dim == self.mlp_dim,
+      f"moe.dense_mlp_dim={self.dense_mlp_dim}: expected mlp_dim={self.mlp_dim}"
+      " under a growth_mask, which is the same for FFNs and experts",
     )
     # Else no router's loss would weigh anything (models/growth_mask.py).
     require(
@@ -384,11 +400,24 @@ class ModelConfig:
     """Whether some layers have experts and others a dense FFN."""
     return 0 < len(self.moe_layers) < self.num_layers
 
-  def with_listed_layers(self) -> ModelConfig:
-    """The same architecture, with `moe.layers` as a list."""
+  @property
+  def dense_mlp_dim(self) -> int:
+    """F of an FFN in place of which a layer has no experts."""
+    if self.moe is None or self.moe.dense_mlp_dim is None:
+      return self.mlp_dim
+    return self.moe.dense_mlp_dim
+
+  def spelled_out(self) -> ModelConfig:
+    """The same for every spelling of an architecture's layers with experts.
+
+    `moe.layers` is a list, and the width of the other layers is said.
+    """
     if self.moe is None:
       return self
-    moe = dataclasses.replace(self.moe, layers=self.moe_layers)
+    dense_mlp_dim = self.dense_mlp_dim if self.is_mixed else None
+    moe = dataclasses.replace(
+      self.moe, layers=self.moe_layers, dense_mlp_dim=dense_mlp_dim
+    )
     return dataclasses.replace(self, moe=moe)
 
   @property

@@ -48,6 +48,28 @@ def check_kinds(
   )
 
 
+def check_one_width(
+  source: ModelConfig, target: ModelConfig, *, path: str
+) -> None:
+  """Refuses FFNs that are wider or narrower than experts, of a masked growth.
+
+  Args:
+    source: what grows.
+    target: what it grows into.
+    path: the dotted name of `target`, for messages.
+
+  Raises:
+    errors.UserError: naming the field.
+  """
+  for what, model in (("the source's ", source), (f"{path}.", target)):
+    if model.dense_mlp_dim != model.mlp_dim:
+      raise errors.UserError(
+        f"{what}moe.dense_mlp_dim={model.dense_mlp_dim}: expected"
+        f" {model.mlp_dim}, the mlp_dim; a growth mask is the same for FFNs and"
+        " experts"
+      )
+
+
 def dense_leaf(name: str) -> str:
   """The leaf of a dense model that a leaf of a mixture is made of.
 

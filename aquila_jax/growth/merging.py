@@ -68,6 +68,13 @@ def make_merging(
       f"{path}.mlp_dim={target.mlp_dim}: expected {width}, the hidden units of"
       " an expert" + (" and of the shared one" if moe.shared_expert_dim else "")
     )
+  if source.is_mixed and source.dense_mlp_dim != width:
+    raise errors.UserError(
+      f"{what}={options.method!r}: the source's layers without experts have"
+      f" {source.dense_mlp_dim} hidden units (moe.dense_mlp_dim); expected"
+      f" {width}, those of a merged FFN, since all layers of a dense model have"
+      " as many"
+    )
   return Merging(
     moe=moe,
     layers=source.moe_layers,

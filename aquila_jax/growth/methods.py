@@ -58,10 +58,12 @@ from aquila_jax.growth.axis_map import EMPTY, AxisMap
 from aquila_jax.growth.depth import LayerMap
 from aquila_jax.growth.growth import Growth
 
-# The axes whose maps a method chooses, and the config field that sets each.
+# The axes whose maps a method chooses, and the config field that sets each; of
+# a model those that it has (Pair.axes).
 WIDTH = {
   "embed": "embed_dim",
   "mlp": "mlp_dim",
+  "dense_mlp": "moe.dense_mlp_dim",
   "kv_head": "num_kv_heads",
   "q_per_kv": "num_heads",
 }
@@ -87,6 +89,11 @@ class Pair:
   seed: int
   path: str  # the dotted name of the target, for messages
 
+  @property
+  def axes(self) -> tuple[str, ...]:
+    """The axes of width of both models."""
+    return tuple(n for n in WIDTH if n in self.old and n in self.new)
+
   def widths(self, **chosen: AxisMap) -> dict[str, AxisMap]:
     """A map for every axis of width.
 
@@ -100,7 +107,7 @@ class Pair:
     given = self._given()
     return {
       name: given.get(name) or chosen.get(name) or self._map(name)
-      for name in WIDTH
+      for name in self.axes
     }
 
   def layers(self, rule: DepthRule = "interpolate") -> LayerMap:
@@ -178,8 +185,9 @@ class Pair:
     if not isinstance(found, dict):
       raise errors.UserError(f"{self._maps}: expected an object of lists")
     for name in found:
-      if name not in FIELDS:
-        raise errors.unknown_name(f"{self._maps}: axis", name, FIELDS)
+      if name not in FIELDS or name not in self.old:
+        known = [axis for axis in FIELDS if axis in self.old]
+        raise errors.unknown_name(f"{self._maps}: axis", name, known)
     return found
 
   def _checked(self, name: str, rows: Any) -> AxisMap:
@@ -225,7 +233,7 @@ def fpi(pair: Pair) -> Growth:
 
 
 def aki(pair: Pair) -> Growth:
-  taking = set(WIDTH)
+  taking = set(pair.axes)
   if pair.options.aki_residual == "own_layer":
     taking.remove("embed")
   return dataclasses.replace(fpi(pair), from_next_layer=frozenset(taking))
@@ -247,7 +255,8 @@ def bert2bert(pair: Pair) -> Growth:
 
 
 def hypercloning(pair: Pair) -> Growth:
-  for name, field in WIDTH.items():
+  for name in pair.axes:
+    field = WIDTH[name]
     old, new = pair.old[name], pair.new[name]
     if new % old:
       raise errors.UserError(
@@ -281,7 +290,7 @@ def msg(pair: Pair) -> Growth:
   return Growth(
     width={
       name: axis_map.padded(pair.old[name], pair.new[name], silent=None)
-      for name in WIDTH
+      for name in pair.axes
     },
     layers=pair.layers(),
     vocab=pair.vocab(),

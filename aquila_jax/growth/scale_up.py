@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,7 +35,7 @@ from aquila_jax.growth.grown_tree import (
   materialise,
 )
 from aquila_jax.growth.growth import Growth
-from aquila_jax.growth.layer_kinds import check_kinds
+from aquila_jax.growth.layer_kinds import check_kinds, check_one_width
 from aquila_jax.growth.optimizer_state import FIRST_MOMENT, SECOND_MOMENT
 from aquila_jax.models import decoder_lm
 
@@ -99,6 +100,8 @@ def make_growth(
   what = methods.option(path, "method")
   growth = methods.find(options.method, what=what)(pair)
   check_kinds(growth.layers, source, target, path=path)
+  if growth.masked:
+    check_one_width(source, target, path=path)
   _check_maps(growth, source, target)
   _check_epsilon(growth, source, target, path=path)
   return growth
@@ -127,10 +130,9 @@ def check_pair(
     }
   for field, reason in kept.items():
     given, needed = getattr(target, field), getattr(source, field)
-    if _all_layers(given) != _all_layers(needed):
-      name, given, needed = _difference(
-        field, _all_layers(given), _all_layers(needed)
-      )
+    given, needed = _experts_alone(given), _experts_alone(needed)
+    if given != needed:
+      name, given, needed = _difference(field, given, needed)
       raise errors.UserError(
         f"{path}.{name}={_shown(given)}: expected the source's"
         f" {_shown(needed)}; {reason}"
@@ -149,10 +151,13 @@ def check_pair(
     _check_sizes(source, target, path=path)
 
 
-def _all_layers(value: Any) -> Any:
-  """Experts without where they are: that follows from the layers' copies."""
+def _experts_alone(value: Any) -> Any:
+  """Experts without where they are, and without what stands elsewhere.
+
+  The one follows from the layers' copies, the other is a width and grows.
+  """
   if isinstance(value, MoeConfig):
-    return dataclasses.replace(value, layers="all")
+    return dataclasses.replace(value, layers="all", dense_mlp_dim=None)
   return value
 
 
@@ -176,12 +181,14 @@ def _check_sizes(
 ) -> None:
   old, new = model_sizes(source), model_sizes(target)
   for axis, field in methods.FIELDS.items():
+    if axis not in old or axis not in new:  # check_kinds refuses one alone
+      continue
     # As many query heads as before in each of the target's groups.
     groups = target.num_kv_heads if axis == "q_per_kv" else 1
     if new[axis] < old[axis]:
       raise errors.UserError(
-        f"{path}.{field}={getattr(target, field)}: expected at least"
-        f" {old[axis] * groups}; Scale-Up does not shrink"
+        f"{path}.{field}={operator.attrgetter(field)(target)}: expected at"
+        f" least {old[axis] * groups}; Scale-Up does not shrink"
         + (f" a group of {old[axis]} heads" if axis == "q_per_kv" else "")
       )
 
@@ -200,7 +207,7 @@ def _check_maps(
   assert not lost, f"leaves of one of the two only: {sorted(lost)}"
   for name in growth.from_next_layer.difference(methods.WIDTH):
     raise errors.unknown_name("from_next_layer", name, methods.WIDTH)
-  for axis in methods.FIELDS:
+  for axis in filter(new.__contains__, methods.FIELDS):
     g = growth.maps.get(axis)
     leaf = next(n for n, spec in leaves.items() if spec.axes.has(axis))
     if g is None:

@@ -58,7 +58,7 @@ class StreamedLayers:
       row = spec.axes.row_of(number)
       if folder != _LAYERS or row is None:
         continue
-      if spec.axes.has("mlp"):
+      if spec.axes.has("mlp") or spec.axes.has("dense_mlp"):
         ffn[inside.rpartition(".")[2]] = functools.partial(
           _kernel, self._params, name, row
         )

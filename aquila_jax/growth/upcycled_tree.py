@@ -287,7 +287,7 @@ class MergedTree:
     self._dense = {
       name.rpartition(".")[2]: name
       for name, spec in old.items()
-      if spec.axes.has("mlp") and not spec.axes.has("expert")
+      if spec.axes.has("dense_mlp")
     }
     self._experts = experts
     self._shared = shared

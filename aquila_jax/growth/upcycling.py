@@ -45,7 +45,7 @@ _FREE = (
   "param_dtype",
   "compute_dtype",
 )
-# Of a mixture that becomes a larger one.
+# Of a mixture that becomes a larger one; its dense FFNs are looked at apart.
 _FREE_OF_EXPERTS = (
   "num_experts",
   "top_k",
@@ -54,6 +54,7 @@ _FREE_OF_EXPERTS = (
   "block_size",
   "input_jitter",
   "logit_noise",
+  "dense_mlp_dim",
 )
 
 
@@ -249,11 +250,11 @@ def make_upcycling(
       f"{path}.moe.router_init_std=0: expected more, the size that rows have"
       f" with {option(path, 'router')}={options.router!r}"
     )
-  if target.is_mixed and target.mlp_dim != source.mlp_dim:
+  if target.is_mixed and target.dense_mlp_dim != source.dense_mlp_dim:
     raise errors.UserError(
-      f"{path}.mlp_dim={target.mlp_dim}: expected {source.mlp_dim}; with"
-      f" moe.layers={moe.layers!r} other layers keep their FFN, and an expert"
-      " is as wide as that"
+      f"{path}.moe.dense_mlp_dim={moe.dense_mlp_dim}: expected"
+      f" {source.dense_mlp_dim}, the hidden units of the FFNs that layers"
+      f" without experts keep (moe.layers={moe.layers!r})"
     )
   units, shared = _units(source, target, options, path=path)
   shards = _shards(units, target, options, path=path)

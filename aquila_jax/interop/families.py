@@ -225,7 +225,7 @@ def write_config(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
     "model_type": family.model_type,
     "vocab_size": config.vocab_size,
     "hidden_size": config.embed_dim,
-    "intermediate_size": config.mlp_dim,
+    "intermediate_size": config.dense_mlp_dim,
     "num_hidden_layers": config.num_layers,
     "num_attention_heads": config.num_heads,
     "num_key_value_heads": config.num_kv_heads,
@@ -563,7 +563,8 @@ def _read_ffn(
     )
   else:
     mlp_dim = fields.take("moe_intermediate_size", int)
-    layers = _read_layers(fields, num_layers=num_layers, mlp_dim=mlp_dim)
+    layers = _read_layers(fields, num_layers=num_layers)
+    dense_mlp_dim = _read_dense_dim(fields, layers, mlp_dim=mlp_dim)
     # Version 5 of transformers writes Qwen3-MoE's under Mixtral's name.
     name = "num_experts" if fields.has("num_experts") else "num_local_experts"
     moe = dict(
@@ -572,6 +573,7 @@ def _read_ffn(
       router_order="softmax_then_topk",
       renormalise=fields.take("norm_topk_prob", bool, False),
       layers=layers,
+      dense_mlp_dim=dense_mlp_dim,
     )
     fields.ignore("num_experts", "num_local_experts")
   if family.shared_expert:
@@ -582,12 +584,11 @@ def _read_ffn(
 
 
 def _read_layers(
-  fields: Fields, *, num_layers: int, mlp_dim: int
+  fields: Fields, *, num_layers: int
 ) -> LayerPattern | tuple[int, ...]:
   """The layers with experts: each step-th, but for those of a list."""
   step = fields.take("decoder_sparse_step", int, 1)
   dense = fields.take("mlp_only_layers", list, [])
-  fields.ignore("intermediate_size")  # of layers without experts
   if step < 1:
     fields.refuse(f"decoder_sparse_step={step}: expected at least 1")
     return "all"
@@ -602,14 +603,18 @@ def _read_layers(
       f" {num_layers} layers has experts; expected some"
     )
     return "all"
-  width = fields.take("intermediate_size", int)
-  if width != mlp_dim:
-    fields.refuse(
-      f"intermediate_size={width}: expected {mlp_dim}, the"
-      " moe_intermediate_size; here layers without experts are as wide as one"
-      " expert"
-    )
   return layers
+
+
+def _read_dense_dim(
+  fields: Fields, layers: LayerPattern | tuple[int, ...], *, mlp_dim: int
+) -> int | None:
+  """The width of layers without experts, where it is not that of an expert."""
+  fields.ignore("intermediate_size")
+  if layers == "all":
+    return None
+  width = fields.take("intermediate_size", int)
+  return None if width == mlp_dim else width
 
 
 def _moe_tree(family: Family, config: ModelConfig) -> dict[str, Any]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from aquila_jax.core import axes
+from aquila_jax.core.axes import Axis
 from aquila_jax.core.model_config import ModelConfig
 
 # The kernels of one FFN and their axes. A mixture has the same three names with
@@ -20,9 +24,36 @@ KERNEL_AXES = {
 
 
 def kernel_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
-  """The shape of one FFN's kernel `name`, a key of KERNEL_AXES."""
-  sizes = {"embed": config.embed_dim, "mlp": config.mlp_dim}
-  return tuple(sizes[axis.name] for axis in KERNEL_AXES[name])
+  """The shape of one expert's kernel `name`, a key of KERNEL_AXES."""
+  return _shape(config, KERNEL_AXES[name])
+
+
+def _shape(config: ModelConfig, leaf_axes: Sequence[Axis]) -> tuple[int, ...]:
+  sizes = {
+    "embed": config.embed_dim,
+    "mlp": config.mlp_dim,
+    "dense_mlp": config.dense_mlp_dim,
+  }
+  return tuple(sizes[axis.name] for axis in leaf_axes)
+
+
+def dense_kernel_axes(config: ModelConfig) -> dict[str, tuple[Axis, ...]]:
+  """The axes of the kernels of a layer without experts.
+
+  Beside layers with experts its hidden width is an axis of its own, also where
+  the two are equal: it can grow, lie and stand still by itself.
+  """
+  if not config.is_mixed:
+    return KERNEL_AXES
+  return {
+    name: tuple(
+      dataclasses.replace(axis, name="dense_mlp")
+      if axis.name == "mlp"
+      else axis
+      for axis in leaf_axes
+    )
+    for name, leaf_axes in KERNEL_AXES.items()
+  }
 
 
 def mask_rows(
@@ -49,10 +80,10 @@ class FeedForward(nn.Module):
       self.param(
         name,
         axes.declare(nn.initializers.normal(self.config.init_std), leaf_axes),
-        kernel_shape(self.config, name),
+        _shape(self.config, leaf_axes),
         jnp.dtype(self.config.param_dtype),
       )
-      for name, leaf_axes in KERNEL_AXES.items()
+      for name, leaf_axes in dense_kernel_axes(self.config).items()
     )
     kernels = (gate, up, mask_rows(down, mask))
     gate, up, down = (kernel.astype(x.dtype) for kernel in kernels)

@@ -8,7 +8,9 @@ index and m for a new one, which stands where something *reads* the axis:
                      no mask: y_i = c_i x_i / sqrt(s + epsilon) * scale_i with
                      s = sum_i c_i x_i^2 / sum_i c_i, where the effective width
                      sum_i c_i is D_old + m D_new
-  mlp                in the rows of the down kernel, of an FFN and of experts
+  mlp                in the rows of the down kernel, of an FFN and of experts;
+                     where some layers have each, the FFNs' own axis, dense_mlp,
+                     must be as large and has this mask too
   kv_head, q_per_kv  in the rows of the output kernel; a head is old where both
                      of its indices are
   layer              a new layer's two outputs are added times m; its router's

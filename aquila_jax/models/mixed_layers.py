@@ -5,7 +5,7 @@ Outside, the parameters are as the stack has them,
 
   attention, attention_norm, mlp_norm   of all layers
   mlp                                   of the layers with experts
-  dense_mlp                             of the others
+  dense_mlp                             of the others, with a width of its own
 
 and what `apply` is asked to capture lies by run and block, as it is computed:
 intermediates/layers/run_0/block_1/mlp is of the layers 1, 3, 5, ... of a stack

@@ -244,7 +244,7 @@ def check_same_architecture(
   Raises:
     errors.UserError: naming the field and both values.
   """
-  source, target = source.with_listed_layers(), target.with_listed_layers()
+  source, target = source.spelled_out(), target.spelled_out()
   for field in dataclasses.fields(ModelConfig):
     wanted, found = getattr(target, field.name), getattr(source, field.name)
     if field.name not in _FREE + _TAKEN and wanted != found:

@@ -188,7 +188,9 @@ def planned_flops(
     FLOPs of the whole learning; 0 where nothing grows.
   """
   old, new = model_sizes(source), model_sizes(target)
-  maps = {name: axis_map.circular(old[name], new[name]) for name in old}
+  # An axis that one of them lacks is refused before anything is learned.
+  both = [name for name in old if name in new]
+  maps = {name: axis_map.circular(old[name], new[name]) for name in both}
   maps.pop("layer")
   layers = _any_layers(source, target)
   axes = decoder_lm.parameter_axes(source)

@@ -182,7 +182,8 @@ def _part(axes: LeafAxes) -> str:
     return "router" if axes.has("expert", Role.WRITES) else "experts"
   if axes.has("kv_head"):
     return "attention"
-  return "ffn" if axes.has("mlp") else "norms"
+  is_ffn = axes.has("mlp") or axes.has("dense_mlp")
+  return "ffn" if is_ffn else "norms"
 
 
 def _count_leaf(

@@ -26,6 +26,7 @@ STORAGE = {
   "head_dim": None,
   "mlp": "tensor",
   "expert": "expert",
+  "dense_mlp": "tensor",
   "shared_mlp": "tensor",
   "shared_expert": None,
 }
@@ -38,6 +39,7 @@ _SIZE_FIELDS = {
   "kv_head": "model.num_kv_heads",
   "mlp": "model.mlp_dim",
   "expert": "model.moe.num_experts",
+  "dense_mlp": "model.moe.dense_mlp_dim (by default model.mlp_dim)",
   "shared_mlp": "model.moe.shared_expert_dim",
 }
 

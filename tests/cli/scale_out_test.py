@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from aquila_jax.core.axes import path_name
 from aquila_jax.core.experiment_config import ScaleOut
 from aquila_jax.core.model_config import MoeConfig
+from aquila_jax.core.model_dir import StoredModel
 from aquila_jax.growth.scale_out import plan_scale_out, scale_out
 from tests.cli import tiny
 from tests.cli.commands import SMOKE, names, succeeded
@@ -125,6 +127,90 @@ def test_there_and_back_again(commands, dense, tmp_path):
     " gate (moe.shared_expert_gate), and no dense FFN can hold one"
   )
   assert names(tmp_path) == ["cut", "larger", "text"]
+
+
+def test_layers_without_experts_keep_their_width(commands, dense, tmp_path):
+  """Shards of every second layer; twice as many; smaller ones; one FFN."""
+  cut, larger, finer = (tmp_path / name for name in ("cut", "larger", "finer"))
+  one = commands.run(
+    "scale_out",
+    f"--source={dense}",
+    f"--output={cut}",
+    "--method=granular",
+    "--moe_layers=every_second",
+    "--num_experts=6",
+    "--top_k=4",
+    "--target=mlp_dim=16,moe.shared_expert_dim=32",
+    "--check",
+    "--check_tokens=40",
+  )
+  succeeded(one)
+  assert one.out.splitlines()[1] == (
+    "predicted exact: the function of the source is kept, but for rounding"
+  )
+  source, found = tiny.load(dense), tiny.load(cut)
+  assert source.config.mlp_dim == 64
+  moe = MoeConfig(
+    num_experts=6,
+    top_k=4,
+    layers="every_second",
+    dense_mlp_dim=64,
+    shared_expert_dim=32,
+  )
+  assert found.config == dataclasses.replace(source.config, moe=moe, mlp_dim=16)
+  ffns, kept = (
+    model.params["layers"][part]
+    for model, part in ((source, "mlp"), (found, "dense_mlp"))
+  )
+  for name, leaf in kept.items():
+    np.testing.assert_array_equal(leaf, ffns[name][:1], name)
+  check = _growth(found)["check"]
+  assert check["largest_difference"] < 1e-5 * check["largest_logit"]
+  again = ("scale_out", f"--source={cut}", "--check", "--check_tokens=40")
+  grown, smaller, mean, other = commands.run_all(
+    [
+      (*again, f"--output={larger}"),
+      (
+        *again,
+        f"--output={finer}",
+        "--num_experts=12",
+        "--top_k=8",
+        "--method=granular",
+        "--target=mlp_dim=8",
+      ),
+      (
+        *again,
+        "--dry_run",
+        "--method=average",
+        "--target=moe=None",
+      ),
+      (*again, "--dry_run", "--target=moe.dense_mlp_dim=16"),
+    ]
+  )
+  for one, output, width in ((grown, larger, 16), (smaller, finer, 8)):
+    succeeded(one)
+    model = tiny.load(output)
+    more = dataclasses.replace(moe, num_experts=12, top_k=8)
+    assert model.config == dataclasses.replace(
+      source.config, moe=more, mlp_dim=width
+    )
+    check = _growth(model)["check"]
+    assert check["largest_difference"] < 1e-5 * check["largest_logit"]
+  assert (mean.code, other.code) == (2, 2)
+  assert mean.last_line == (
+    "aquila_jax: --method='average': the source's shared expert has a gate"
+    " (moe.shared_expert_gate), and no dense FFN can hold one"
+  )
+  assert other.last_line == (
+    "aquila_jax: --target.moe.dense_mlp_dim=16: expected 64, the hidden units"
+    " of the FFNs that layers without experts keep (moe.layers='every_second')"
+  )
+
+
+def _growth(model: StoredModel) -> dict[str, Any]:
+  growth = model.lineage.events[-1].growth
+  assert growth is not None
+  return growth
 
 
 def test_the_target_and_the_options_of_a_config(commands, dense, tmp_path):

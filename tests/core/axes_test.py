@@ -17,7 +17,7 @@ def test_unknown_axis_name_is_refused():
   assert str(error.value) == (
     "axis name 'width' is not one of ('layer', 'vocab', 'embed', 'kv_head',"
     " 'q_per_kv', 'head_dim', 'mlp', 'expert',"
-    " 'shared_mlp', 'shared_expert')"
+    " 'dense_mlp', 'shared_mlp', 'shared_expert')"
   )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -39,6 +40,16 @@ def _model(**fields) -> ModelConfig:
       {"num_layers": 1, "moe": MoeConfig(layers="every_second")},
       "moe.layers='every_second': num_layers=1 has none of these layers",
     ),
+    (
+      {"moe": MoeConfig(dense_mlp_dim=24)},
+      "moe.dense_mlp_dim=24: expected None with moe.layers='all', which leaves"
+      " no layer a dense FFN",
+    ),
+    (
+      {"moe": MoeConfig(dense_mlp_dim=16, layers=(0, 1))},
+      "moe.dense_mlp_dim=16: expected None with moe.layers=(0, 1), which leaves"
+      " no layer a dense FFN",
+    ),
   ],
 )
 def test_model_is_refused(fields, message):
@@ -71,6 +82,10 @@ def test_only_token_choice_is_causal():
       "capacity_factor=0.0: need > 0, or None for dropless",
     ),
     ({"block_size": 0}, "block_size=0: need >= 1"),
+    (
+      {"dense_mlp_dim": 0, "layers": (1,)},
+      "dense_mlp_dim=0: need >= 1, or None for mlp_dim",
+    ),
     ({"gate_scale": 0.0}, "gate_scale=0.0: need > 0"),
     ({"logit_noise": -1.0}, "logit_noise=-1.0: need >= 0"),
     ({"input_jitter": 1.0}, "input_jitter=1.0: need 0 <= input_jitter < 1"),
@@ -208,6 +223,30 @@ def test_a_growth_mask_leaves_an_old_layer_with_experts():
     "growth_mask.new_layers=(1,): need an old layer among those with experts,"
     " (1,)"
   )
+
+
+def test_a_growth_mask_is_of_ffns_and_experts_of_one_width():
+  moe = MoeConfig(layers="every_second", dense_mlp_dim=24)
+  with pytest.raises(ValueError) as error:
+    _model(growth_mask=_mask(), moe=moe)
+  assert str(error.value) == (
+    "moe.dense_mlp_dim=24: expected mlp_dim=16 under a growth_mask, which is"
+    " the same for FFNs and experts"
+  )
+  same = dataclasses.replace(moe, dense_mlp_dim=16)
+  assert _model(growth_mask=_mask(), moe=same).dense_mlp_dim == 16
+
+
+def test_layers_without_experts_are_as_wide_as_an_expert_unless_said():
+  moe = MoeConfig(layers="every_second")
+  assert _model().dense_mlp_dim == 16
+  assert _model(moe=MoeConfig()).dense_mlp_dim == 16
+  assert _model(moe=moe).dense_mlp_dim == 16
+  wide = dataclasses.replace(moe, dense_mlp_dim=24)
+  assert _model(moe=wide).dense_mlp_dim == 24
+  listed = MoeConfig(layers=(1,), dense_mlp_dim=16)
+  assert _model(moe=moe).spelled_out() == _model(moe=listed)
+  assert _model(moe=wide).spelled_out() != _model(moe=listed)
 
 
 def test_a_growth_mask_comes_back_from_a_header_and_can_be_hashed():

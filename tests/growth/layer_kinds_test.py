@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from aquila_jax.growth import axis_map, checking, depth, ligo
 from aquila_jax.growth.calibration import calibrate
 from aquila_jax.growth.grown_tree import ArrayTree
 from aquila_jax.growth.scale_out import plan_scale_out, scale_out
-from aquila_jax.growth.scale_up import make_growth, scale_up
+from aquila_jax.growth.scale_up import make_growth, plan_growth, scale_up
 from aquila_jax.growth.streaming import stream_scale_out, stream_scale_up
 from aquila_jax.models import decoder_lm
 from tests.growth import tiny
@@ -33,7 +34,16 @@ def _mixed(layers: Any, **fields: Any):
   return tiny.replace(DENSE, moe=moe, **fields)
 
 
+def _uneven(layers: Any, dense_mlp_dim: int, **fields: Any):
+  """With FFNs of another width than experts."""
+  moe = dataclasses.replace(
+    tiny.MOE, layers=layers, dense_mlp_dim=dense_mlp_dim
+  )
+  return tiny.replace(DENSE, moe=moe, **fields)
+
+
 MIXED = _mixed("every_second")
+UNEVEN = _uneven("every_second", 14)
 WIDE: dict[str, Any] = dict(embed_dim=16, mlp_dim=20)
 
 
@@ -72,10 +82,20 @@ def _assert_same(found, expected):
   )
 
 
-def test_twice_the_width_keeps_logits_and_halves_moments_of_what_is_written():
-  source, target = _stored(MIXED), tiny.replace(MIXED, **WIDE)
+@pytest.mark.parametrize(
+  ("model", "target"),
+  [
+    (MIXED, tiny.replace(MIXED, **WIDE)),
+    (UNEVEN, _uneven("every_second", 28, **WIDE)),
+  ],
+  ids=["even", "uneven"],
+)
+def test_twice_the_width_keeps_logits_and_halves_moments_of_what_is_written(
+  model, target
+):
+  source = _stored(model)
   grown = scale_up(source, target, ScaleUp(source="s", method="fpi"))
-  before = tiny.logits(MIXED, source.params)
+  before = tiny.logits(model, source.params)
   after = tiny.logits(target, grown.params)
   assert np.abs(after - before).max() < EXACT * np.abs(before).max()
   assert source.moments is not None and grown.moments is not None
@@ -92,6 +112,43 @@ def test_twice_the_width_keeps_logits_and_halves_moments_of_what_is_written():
         np.testing.assert_array_equal(
           new["layers"][part][name], copied / 2**power
         )
+
+
+@pytest.mark.parametrize("method", ["fpi", "lemon"])
+def test_ffns_and_experts_grow_apart(method):
+  """Twice the FFNs, experts as they are; and the other way round."""
+  options = ScaleUp(source="s", method=method)
+  source = tiny.stored(UNEVEN, moments=None)
+  before = tiny.logits(UNEVEN, source.params)
+  for dense, mlp_dim in ((28, 10), (14, 20)):
+    target = _uneven((1, 3), dense, mlp_dim=mlp_dim)
+    plan = plan_growth(UNEVEN, target, options)
+    assert plan.exactness.exact
+    assert list(plan.axes) == ["dense_mlp" if dense == 28 else "mlp"]
+    grown = scale_up(source, target, options)
+    after = tiny.logits(target, grown.params)
+    assert np.abs(after - before).max() < EXACT * np.abs(before).max()
+
+
+def test_a_map_of_ffns_is_not_of_experts(tmp_path):
+  file = tmp_path / "maps.json"
+  chosen = [*range(14), 13, 0]
+  file.write_text(json.dumps({"dense_mlp": chosen}))
+  options = ScaleUp(source="s", method="fpi", maps=str(file))
+  source = tiny.stored(UNEVEN, moments=None)
+  target = _uneven((1, 3), 16, mlp_dim=12)
+  grown = scale_up(source, target, options)
+  for part, places in (("dense_mlp", chosen), ("mlp", [*range(10), 0, 1])):
+    old, new = (
+      np.asarray(model.params["layers"][part]["up_kernel"])
+      for model in (source, grown)
+    )
+    np.testing.assert_array_equal(new, old[..., places])
+  with pytest.raises(UserError) as error:
+    plan_growth(DENSE, tiny.replace(DENSE, mlp_dim=12), options)
+  assert str(error.value).startswith(
+    f"config.init.maps={str(file)!r}: axis='dense_mlp' is unknown; "
+  )
 
 
 def test_depth_copies_layers_with_what_they_have_also_from_disk(tmp_path):
@@ -157,12 +214,13 @@ def test_a_mask_of_zero_hides_new_layers_of_either_kind():
   assert np.abs(after - before).max() < EXACT * np.abs(before).max()
 
 
-def test_the_streamed_forward_is_the_decoders():
-  params = tiny.params(MIXED)
+@pytest.mark.parametrize("model", [MIXED, UNEVEN], ids=["even", "uneven"])
+def test_the_streamed_forward_is_the_decoders(model):
+  params = tiny.params(model)
   found = checking.logits(
-    checking.ReadModel(config=MIXED, params=ArrayTree(params)), tiny.TOKENS
+    checking.ReadModel(config=model, params=ArrayTree(params)), tiny.TOKENS
   )
-  expected = tiny.logits(MIXED, params)
+  expected = tiny.logits(model, params)
   assert np.abs(found[0] - expected).max() < EXACT * np.abs(expected).max()
 
 
@@ -176,6 +234,7 @@ def test_a_learned_operator_starts_as_fpi():
     {
       "embed": axis_map.circular(8, 16),
       "mlp": axis_map.circular(10, 20),
+      "dense_mlp": axis_map.circular(10, 20),
     },
     depth.interpolate(4, 8).copies,
     axes,
@@ -217,6 +276,56 @@ def test_layers_of_another_kind_are_refused_by_number(target, message):
   source = tiny.stored(MIXED, moments=None)
   with pytest.raises(UserError) as error:
     scale_up(source, target, ScaleUp(source="s", method="fpi"))
+  assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+  ("source", "target", "method", "message"),
+  [
+    (
+      UNEVEN,
+      _uneven("every_second", 12),
+      "fpi",
+      "config.model.moe.dense_mlp_dim=12: expected at least 14; Scale-Up does"
+      " not shrink",
+    ),
+    (
+      UNEVEN,
+      _mixed("every_second", mlp_dim=12),
+      "fpi",
+      "config.model.moe.dense_mlp_dim=None: expected at least 14; Scale-Up does"
+      " not shrink",
+    ),
+    (
+      UNEVEN,
+      _uneven("every_second", 20),
+      "hypercloning",
+      "config.model.moe.dense_mlp_dim: dense_mlp grows from 14 to 20; expected"
+      " a multiple, as 14 or 28; method='hypercloning' copies everything"
+      " equally often, method='lemon' is exact at any size",
+    ),
+    (
+      UNEVEN,
+      _uneven("every_second", 28),
+      "msg",
+      "the source's moe.dense_mlp_dim=14: expected 10, the mlp_dim; a growth"
+      " mask is the same for FFNs and experts",
+    ),
+    (
+      MIXED,
+      _uneven("every_second", 28, mlp_dim=20),
+      "msg",
+      "config.model.moe.dense_mlp_dim=28: expected 20, the mlp_dim; a growth"
+      " mask is the same for FFNs and experts",
+    ),
+  ],
+  ids=["shrinks", "shrinks by mlp_dim", "no copies", "masked", "to be masked"],
+)
+def test_widths_of_ffns_that_cannot_be_are_refused(
+  source, target, method, message
+):
+  with pytest.raises(UserError) as error:
+    plan_growth(source, target, ScaleUp(source="s", method=method))
   assert str(error.value) == message
 
 
@@ -332,12 +441,129 @@ def test_what_is_measured_is_of_the_layers_that_get_experts(tmp_path):
   _assert_streamed(source, target, options, grown, tmp_path)
 
 
-def test_an_ffn_that_is_kept_is_as_wide_as_an_expert():
-  target = _mixed((1, 2), mlp_dim=5)
-  options = ScaleOut(source="s", method="granular")
-  with pytest.raises(UserError) as error:
-    plan_scale_out(DENSE, target, options)
-  assert str(error.value) == (
-    "config.model.mlp_dim=5: expected 10; with moe.layers=(1, 2) other layers"
-    " keep their FFN, and an expert is as wide as that"
+# 4 copies of each half, or 4 of what a shared expert leaves, of which a token
+# meets two; layers 0 and 2 keep 10 hidden units.
+CUT: dict[str, dict[str, Any]] = {
+  "shards": dict(num_experts=8, top_k=4, dense_mlp_dim=10),
+  "shared part": dict(dense_mlp_dim=10, shared_expert_dim=5),
+  "shared part without a gate": dict(
+    dense_mlp_dim=10, shared_expert_dim=5, shared_expert_gate=False
+  ),
+}
+
+
+def _cut(name: str):
+  moe = dataclasses.replace(tiny.MOE, layers="every_second", **CUT[name])
+  return tiny.replace(DENSE, moe=moe, mlp_dim=5)
+
+
+def _cutting(name: str) -> ScaleOut:
+  method = "granular" if name == "shards" else "sparse_upcycling"
+  return ScaleOut(source="s", method=method)
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_layers_without_experts_keep_an_ffn_that_others_cut(name, tmp_path):
+  source, target = _stored(DENSE), _cut(name)
+  assert plan_scale_out(DENSE, target, _cutting(name)).exactness.exact
+  grown = scale_out(source, target, _cutting(name), seed=5)
+  before = tiny.logits(DENSE, source.params)
+  after = tiny.logits(target, grown.params)
+  assert np.abs(after - before).max() < EXACT * np.abs(before).max()
+  stack = grown.params["layers"]
+  for kernel in ("gate_kernel", "up_kernel", "down_kernel"):
+    ffns = np.asarray(source.params["layers"]["mlp"][kernel])
+    np.testing.assert_array_equal(stack["dense_mlp"][kernel], ffns[[0, 2]])
+  _assert_streamed(source, target, _cutting(name), grown, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["shards", "shared part"])
+def test_a_larger_mixture_keeps_ffns_of_another_width(name, tmp_path):
+  source = _stored(_cut(name))
+  old = source.config.moe
+  assert old is not None
+  moe = dataclasses.replace(
+    old, num_experts=2 * old.num_experts, top_k=2 * old.top_k
   )
+  target, options = tiny.replace(source.config, moe=moe), ScaleOut(source="s")
+  grown = scale_out(source, target, options, seed=5)
+  before = tiny.logits(source.config, source.params)
+  after = tiny.logits(target, grown.params)
+  assert np.abs(after - before).max() < EXACT * np.abs(before).max()
+  _assert_streamed(source, target, options, grown, tmp_path)
+
+
+def test_a_mixed_mixture_is_cut_beside_the_ffns_it_keeps():
+  """Experts of 10 units in halves; None was the width of both."""
+  moe = dataclasses.replace(tiny.MOE, layers=(1, 3), **CUT["shards"])
+  target = tiny.replace(DENSE, moe=moe, mlp_dim=5)
+  options = ScaleOut(source="s", method="granular")
+  source = tiny.stored(MIXED, moments=None)
+  grown = scale_out(source, target, options, seed=5)
+  before = tiny.logits(MIXED, source.params)
+  after = tiny.logits(target, grown.params)
+  assert np.abs(after - before).max() < EXACT * np.abs(before).max()
+
+
+def test_shared_halves_and_means_merge_into_the_ffns_they_are_copies_of():
+  target = _cut("shared part without a gate")
+  dense = tiny.stored(DENSE, moments=None)
+  mixture = scale_out(dense, target, ScaleOut(source="s"), seed=5)
+  options = ScaleOut(source="s", method="average", optimizer="reset")
+  merged = scale_out(mixture, DENSE, options, seed=5)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-15),
+    merged.params,
+    dense.params,
+  )
+
+
+KEPT = (
+  ": expected 10, the hidden units of the FFNs that layers without experts keep"
+  " (moe.layers=(1, 2))"
+)
+
+
+@pytest.mark.parametrize(
+  ("source", "target", "method", "message"),
+  [
+    (
+      DENSE,
+      _mixed((1, 2), mlp_dim=5),
+      "granular",
+      f"config.model.moe.dense_mlp_dim=None{KEPT}",
+    ),
+    (
+      DENSE,
+      _uneven((1, 2), 20),
+      "sparse_upcycling",
+      f"config.model.moe.dense_mlp_dim=20{KEPT}",
+    ),
+    (
+      _mixed((1, 2)),
+      _uneven((1, 2), 20),
+      "sparse_upcycling",
+      f"config.model.moe.dense_mlp_dim=20{KEPT}",
+    ),
+    (
+      UNEVEN,
+      DENSE,
+      "average",
+      "config.init.method='average': the source's layers without experts have"
+      " 14 hidden units (moe.dense_mlp_dim); expected 10, those of a merged"
+      " FFN, since all layers of a dense model have as many",
+    ),
+  ],
+  ids=["cut", "wider", "wider beside experts", "merged"],
+)
+def test_an_ffn_that_is_kept_is_as_wide_as_it_was(
+  source, target, method, message
+):
+  options = ScaleOut(
+    source="s",
+    method=method,
+    optimizer="reset" if method == "average" else "grow",
+  )
+  with pytest.raises(UserError) as error:
+    plan_scale_out(source, target, options)
+  assert str(error.value) == message

@@ -188,6 +188,11 @@ def test_idle_tensors_fill_what_the_class_has_and_the_model_has_not():
       for layer in (layers[0], third)
       for name, shape in shared.items()
     },
+    "experts in some layers, wider others": {
+      f"{layer}self_attn.{name}.bias": shape
+      for layer in (*layers, third)
+      for name, shape in qkv.items()
+    },
     "experts, qk_norm, out bias": without_qkv,
   }
   # Elsewhere 0 / 0: llama.cpp has the sigmoid of it as silu(x) / x.
@@ -377,11 +382,15 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "layer_types=['sliding_attention', 'linear_attention']: expected"
     " full_attention or sliding_attention for each of 2 layers",
   ),
-  "layers without experts": (
+  "layers without experts of no width": (
     "qwen3_moe",
-    dict(mlp_only_layers=[0]),
-    "intermediate_size=24: expected 8, the moe_intermediate_size; here layers"
-    " without experts are as wide as one expert",
+    dict(mlp_only_layers=[0], intermediate_size=None),
+    "intermediate_size is missing",
+  ),
+  "layers without experts or hidden units": (
+    "qwen2_moe",
+    dict(mlp_only_layers=[0], intermediate_size=0),
+    "dense_mlp_dim=0: need >= 1, or None for mlp_dim",
   ),
   "no layer with experts": (
     "qwen2_moe",
@@ -435,15 +444,23 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
   ],
   ids=str,
 )
-def test_layers_with_experts_are_read_and_written(model_type, fields, layers):
-  sizes = dict(num_hidden_layers=6, intermediate_size=8)
+@pytest.mark.parametrize("width", [8, 24])
+def test_layers_with_experts_are_read_and_written(
+  model_type, fields, layers, width
+):
+  sizes = dict(num_hidden_layers=6, intermediate_size=width)
   config = _read(model_type, **sizes, **fields)
   assert config.moe is not None and config.moe.layers == layers
+  # Experts have 8 hidden units.
+  own = width if layers != "all" and width != 8 else None
+  assert config.moe.dense_mlp_dim == own
   family, written = families.write_config(config)
   assert family.model_type == model_type
   assert written["decoder_sparse_step"] == 1
   dense = sorted(set(range(6)) - set(config.moe_layers))
   assert written["mlp_only_layers"] == dense
+  assert written["moe_intermediate_size"] == 8
+  assert written["intermediate_size"] == (own or 8)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -472,6 +489,7 @@ def test_one_error_names_everything():
     hidden_size="16",
     num_experts=None,
     mlp_only_layers=[1],
+    intermediate_size=None,
     partial_rotary_factor=0.25,
     rope_scaling=dict(rope_type="llama3", factor=True, low_freq_factor=1.0),
   )
@@ -485,8 +503,7 @@ def test_one_error_names_everything():
     "  rope_scaling: factor=True: expected float",
     "  rope_scaling: high_freq_factor is missing",
     "  vocab_size is missing",
-    "  intermediate_size=24: expected 8, the moe_intermediate_size; here layers"
-    " without experts are as wide as one expert",
+    "  intermediate_size is missing",
     "  num_local_experts is missing",
   ]
 

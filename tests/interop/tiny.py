@@ -112,6 +112,19 @@ KINDS: dict[str, tuple[ModelConfig, str]] = {
     _mixture(_dense(qk_norm=True), layers="every_second"),
     "Qwen3MoeForCausalLM",
   ),
+  "experts in some layers, wider others": (
+    _mixture(
+      _dense(num_layers=3),
+      layers=(0, 2),
+      dense_mlp_dim=10,
+      shared_expert_dim=4,
+    ),
+    "Qwen2MoeForCausalLM",
+  ),
+  "experts in some layers, wider others, qk_norm": (
+    _mixture(_dense(qk_norm=True), layers="every_second", dense_mlp_dim=10),
+    "Qwen3MoeForCausalLM",
+  ),
   "experts, qk_norm": (
     _mixture(_dense(qk_norm=True), **SOFTMAX_FIRST),
     "Qwen3MoeForCausalLM",

@@ -43,6 +43,11 @@ def _with_layers(layers: Any, **fields: Any) -> ModelConfig:
 # Cut into (dense, experts) twice and (experts) twice.
 LIST = _with_layers((1, 3, 4, 5), num_layers=6)
 WIDE = dataclasses.replace(LIST, param_dtype="float64", compute_dtype="float64")
+assert WIDE.moe is not None
+# FFNs of 9 hidden units beside experts of 6.
+UNEVEN = dataclasses.replace(
+  WIDE, moe=dataclasses.replace(WIDE.moe, dense_mlp_dim=9)
+)
 # Two documents would need a mask of their own in the loop: one, and padding.
 TOKENS = np.array([[3, 1, 4, 1, 5, 0, 0], [9, 2, 6, 5, 3, 5, 8]], np.int32)
 SEGMENTS = np.array([[1, 1, 1, 1, 1, 0, 0], [1] * 7], np.int32)
@@ -183,11 +188,12 @@ def float64():
 
 
 @pytest.mark.usefixtures("float64")
-def test_outputs_and_gradients_are_those_of_a_loop_over_layers():
-  expected = _with_gradient(functools.partial(_loop, WIDE), _params(WIDE))
+@pytest.mark.parametrize("config", [WIDE, UNEVEN], ids=["even", "uneven"])
+def test_outputs_and_gradients_are_those_of_a_loop_over_layers(config):
+  expected = _with_gradient(functools.partial(_loop, config), _params(config))
   # Sums of up to 24 products in some 40 steps, of gradients up to hundreds:
   # 40 * sqrt(24) * 300 * 2^-53 = 7e-12.
-  _close(_scanned(WIDE), expected)
+  _close(_scanned(config), expected)
 
 
 @pytest.mark.usefixtures("float64")
@@ -240,12 +246,16 @@ def test_a_list_of_all_layers_is_all():
   assert decoder_lm.parameter_axes(listed) == decoder_lm.parameter_axes(every)
 
 
-def test_leaves_say_which_layers_they_are_of():
+@pytest.mark.parametrize(
+  ("config", "dense"), [(LIST, 6), (UNEVEN, 9)], ids=["even", "uneven"]
+)
+def test_leaves_say_which_layers_they_are_of(config, dense):
   sizes = dict(
     vocab=11, embed=8, kv_head=2, q_per_kv=2, head_dim=4, mlp=6, expert=3
   )
-  shapes = decoder_lm.abstract_params(LIST)
-  declared = decoder_lm.parameter_axes(LIST)
+  sizes["dense_mlp"] = dense
+  shapes = decoder_lm.abstract_params(config)
+  declared = decoder_lm.parameter_axes(config)
   assert jax.tree.structure(shapes) == jax.tree.structure(declared)
   for (path, leaf), leaf_axes in zip(
     jax.tree.leaves_with_path(shapes), jax.tree.leaves(declared), strict=True
@@ -258,6 +268,8 @@ def test_leaves_say_which_layers_they_are_of():
     assert leaf.shape == tuple((sizes | rows)[axis] for axis in leaf_axes.names)
     assert (leaf_axes.index("layer") == 0) == name.startswith("layers/")
     assert leaf_axes.has("expert") == (part == "mlp")
+    assert leaf_axes.has("dense_mlp") == (part == "dense_mlp")
+    assert not (leaf_axes.has("mlp") and part == "dense_mlp")
 
 
 def test_init_draws_every_layer_anew_with_the_deviation_asked_for():

@@ -139,6 +139,16 @@ _CASES = [
     "qk_norm, top-k then softmax, experts in the last half",
     with_moe(_QK_NORM, layers="last_half"),
   ),
+  (
+    "Qwen2MoeForCausalLM",
+    "no bias, top-k then softmax, experts in every second layer, wider FFNs",
+    with_moe(_NO_BIAS, layers="every_second", dense_mlp_dim=64),
+  ),
+  (
+    "Qwen3MoeForCausalLM",
+    "qk_norm, top-k then softmax, experts in layers 0 and 2, narrower FFNs",
+    with_moe(_QK_NORM, layers=(0, 2), dense_mlp_dim=24),
+  ),
   ("Qwen3MoeForCausalLM", "qk_norm, top-k then softmax", with_moe(_QK_NORM)),
   (
     "Qwen3MoeForCausalLM",

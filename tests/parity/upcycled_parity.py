@@ -92,6 +92,13 @@ _EXACT = [
     _NO_BIAS,
     _with(_NO_BIAS, layers="every_second"),
   ),
+  Case(
+    "Qwen2MoeForCausalLM",
+    "2 shards of 3 copies in every second layer, FFNs as they were",
+    _NO_BIAS,
+    _with(_NO_BIAS, **_GRANULAR, layers="every_second", dense_mlp_dim=40),
+    dict(method="granular"),
+  ),
   Case("Qwen3MoeForCausalLM", "qk_norm, copies", _QK_NORM, _with(_QK_NORM)),
   Case(
     "Qwen3MoeForCausalLM",

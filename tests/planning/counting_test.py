@@ -82,6 +82,16 @@ def test_layers_without_experts_have_an_ffn_that_every_token_meets():
   assert mixed.total.active == rest + (2 * 2 + 1) * 288 + 2 * 32
 
 
+def test_layers_without_experts_count_their_own_width():
+  moe = MoeConfig(num_experts=4, top_k=2, layers=(0, 2), dense_mlp_dim=20)
+  parts = counting.count(dataclasses.replace(DENSE, moe=moe)).parts
+  # One layer of 3 * 8 * 20; experts as before.
+  assert parts["ffn"] == PartCount(
+    parameters=480, active=480, forward_flops=2 * 480
+  )
+  assert parts["experts"].parameters == 2 * 4 * 288
+
+
 def test_shared_expert_is_met_by_every_token():
   moe = MoeConfig(num_experts=4, top_k=2, shared_expert_dim=10)
   parts = counting.count(dataclasses.replace(DENSE, moe=moe)).parts

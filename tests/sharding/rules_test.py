@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -80,6 +81,13 @@ def test_leaves_that_some_layers_have_lie_as_those_of_all():
   assert layers["mlp"]["down_kernel"] == P(None, "expert", "tensor", "fsdp")
   assert layers["dense_mlp"]["down_kernel"] == P(None, "tensor", "fsdp")
   assert layers["dense_mlp"]["up_kernel"] == P(None, "fsdp", "tensor")
+  moe = dataclasses.replace(moe, dense_mlp_dim=25)
+  with pytest.raises(UserError) as caught:
+    _shardings(_config(moe=moe), mesh)
+  assert str(caught.value) == (
+    "config.mesh.tensor=2 does not divide model.moe.dense_mlp_dim (by default"
+    " model.mlp_dim)=25; nearest sizes that do: 1 or 5"
+  )
 
 
 def test_leaves_of_options_lie_where_the_table_says():

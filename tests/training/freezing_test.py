@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from aquila_jax.core import errors
-from aquila_jax.core.axes import LeafAxes, neither, reads, writes
+from aquila_jax.core.axes import LeafAxes, neither, path_name, reads, writes
 from aquila_jax.core.experiment_config import FreezeConfig
+from aquila_jax.core.model_config import ModelConfig, MoeConfig
+from aquila_jax.models import decoder_lm
 from aquila_jax.training.freezing import select, trainable_masks
 
 _AXES = {
@@ -43,6 +45,34 @@ def test_axes_freeze_whole_leaves():
   assert not full["table"].any() and not full["up"].any()
   assert masks["square"] is None and masks["bias"] is None
   assert masks["up"].array().shape == (1, 1, 1)
+
+
+def test_ffns_beside_experts_freeze_by_an_axis_of_their_own():
+  model = ModelConfig(
+    vocab_size=5,
+    num_layers=2,
+    embed_dim=4,
+    mlp_dim=6,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=4,
+    moe=MoeConfig(layers="every_second"),
+  )
+  masks = trainable_masks(
+    FreezeConfig(axes=("dense_mlp",)),
+    axes=decoder_lm.parameter_axes(model),
+    shapes=decoder_lm.abstract_params(model),
+  )
+  frozen = {
+    path_name(path)
+    for path, mask in jax.tree.leaves_with_path(
+      masks, is_leaf=lambda node: node is None
+    )
+    if mask is not None
+  }
+  assert frozen == {
+    f"layers/dense_mlp/{name}_kernel" for name in ("gate", "up", "down")
+  }
 
 
 def test_layers_freeze_a_range_of_the_stack():
