@@ -15,6 +15,7 @@ import pathlib
 import runpy
 import sys
 import tempfile
+import traceback
 from collections.abc import Mapping, Sequence
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -41,18 +42,20 @@ def run(
     The code it ended with, standard output, and standard error.
   """
   with tempfile.TemporaryDirectory() as folder:
-    out, err = (pathlib.Path(folder) / name for name in ("out", "err"))
+    out, err, code = (
+      pathlib.Path(folder) / name for name in ("out", "err", "code")
+    )
     process = _CONTEXT.Process(
       target=_command,
       args=(verb, list(arguments), str(directory), dict(environment)),
-      kwargs=dict(out=str(out), err=str(err)),
+      kwargs=dict(out=str(out), err=str(err), code=str(code)),
     )
     process.start()
+    # Its exitcode is lost where another thread starts a process meanwhile.
     process.join()
-    code = process.exitcode
-    process.close()
-    assert code is not None
-    return code, out.read_text("utf-8"), err.read_text("utf-8")
+    assert code.exists(), f"{verb} died: {err.read_text('utf-8')}"
+    found = int(code.read_text("utf-8"))
+    return found, out.read_text("utf-8"), err.read_text("utf-8")
 
 
 def _command(
@@ -63,6 +66,7 @@ def _command(
   *,
   out: str,
   err: str,
+  code: str,
 ) -> None:
   """In the fork: the command, and what Python does at its end."""
   for path, number in ((os.devnull, 0), (out, 1), (err, 2)):
@@ -73,7 +77,16 @@ def _command(
   os.environ.update(environment)
   module = f"aquila_jax.cli.{verb}"
   sys.argv = [module, *arguments]
+  ended: object = 0
   try:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
-  finally:
-    atexit._run_exitfuncs()
+  except SystemExit as stop:
+    ended = stop.code or 0
+  except BaseException:
+    traceback.print_exc()
+    ended = 1
+  atexit._run_exitfuncs()
+  if not isinstance(ended, int):  # sys.exit("words")
+    print(ended, file=sys.stderr)
+    ended = 1
+  pathlib.Path(code).write_text(str(ended), "utf-8")
