@@ -207,3 +207,24 @@ def test_committed_page_is_that_of_the_committed_results():
   committed = pathlib.Path("docs/reproduce_scale_up.md")
   expected = page.render(results, figure_name="reproduce_scale_up.svg")
   assert committed.read_text(encoding="utf-8") == expected
+
+
+def test_what_was_looked_into_agrees_with_the_table():
+  """The same growths of the same sources, measured by the two scripts."""
+  folder = pathlib.Path("benchmarks/results")
+  table, looked = (
+    json.loads((folder / f"reproduce_scale_up{name}.json").read_text("utf-8"))
+    for name in ("", "_layers")
+  )
+  assert set(looked["seeds"]) == set(table["seeds"])
+  for seed, found in table["seeds"].items():
+    rows = {
+      (row["size"], row["method"]): row["loss"] for row in found["initial"]
+    }
+    source = rows["", "source"]
+    for name, method in (
+      ("interpolation: 0 and 3", "FPI, interpolation"),
+      ("stacking: 0 and 1 on top", "FPI, stacking"),
+    ):
+      rise = rows["depth x4/3", method] - source
+      assert abs(looked["seeds"][seed][name] - rise) < 1e-4, (seed, name)

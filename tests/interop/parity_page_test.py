@@ -27,7 +27,7 @@ _WHOLE = [
   json.dumps(_ROW | {"section": section})
   for section in (
     *("imported", "another language", "pretrained"),
-    *("QKV bias and experts", "exported"),
+    *("QKV bias and experts", "upcycled", "exported"),
   )
 ]
 
@@ -52,7 +52,7 @@ def test_a_row_and_the_head_of_the_page():
     "| Llama | none | 2 | 1,234 | 1.3e-04 | 1,100 of 1,100 |"
     " 121 of 128; 1 at a tie |\n" in text
   )
-  assert "All 4 comparisons hold" in text
+  assert "All 5 comparisons hold" in text
   assert "torch 2.13.0" in text
   assert re.findall(r"\{[^}]*\}", text) == []
 
@@ -64,6 +64,7 @@ def test_sections_are_in_order_whatever_the_order_of_the_records():
     "another language",
     "imported",
     "exported",
+    "upcycled",
     "QKV bias and experts",
   ]
 
@@ -73,5 +74,5 @@ def test_a_part_of_a_run_writes_nothing():
     page.report(_WHOLE[:3])
   assert str(refused.value) == (
     "not a whole run, nothing is written: no ['QKV bias and experts',"
-    " 'exported']"
+    " 'exported', 'upcycled']"
   )
