@@ -64,8 +64,9 @@ class Commands:
 
   def run(self, verb: str, *arguments: object) -> Ended:
     """A command that has ended, however; never with a traceback."""
-    # What a path of its own changes is imported anew.
-    if self._environment.get("PYTHONPATH") != os.environ.get("PYTHONPATH"):
+    # What runs as Python starts does not run in a fork.
+    path = self._environment.get("PYTHONPATH", "").split(os.pathsep)
+    if any(pathlib.Path(p, "sitecustomize.py").exists() for p in path if p):
       with self.start(verb, *arguments) as process:
         return ended(process)
     code, out, err = forked.run(

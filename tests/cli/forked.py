@@ -75,6 +75,8 @@ def _command(
   os.chdir(directory)
   os.environ.clear()
   os.environ.update(environment)
+  path = environment.get("PYTHONPATH", "").split(os.pathsep)
+  sys.path[:0] = [entry for entry in path if entry]
   module = f"aquila_jax.cli.{verb}"
   sys.argv = [module, *arguments]
   ended: object = 0
