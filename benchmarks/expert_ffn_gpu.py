@@ -11,11 +11,7 @@ rows, the ceiling of any of them, and torch's grouped_mm where torch is there.
 
 from __future__ import annotations
 
-import datetime
 import functools
-import json
-import pathlib
-import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -24,12 +20,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from aquila_jax.core.model_config import MoeConfig
-from aquila_jax.kernels.expert_ffn import (
-  cpu_loop,
-  pallas_gpu,
-  ragged,
-  reference,
-)
+from aquila_jax.kernels.expert_ffn import api
 from aquila_jax.layers.moe import dispatch
 from aquila_jax.layers.moe.router import Affinity
 from aquila_jax.layers.moe.selection import choose
@@ -46,11 +37,7 @@ _WORKLOADS = (
 )
 _TINY = (("tiny", 256, 64, 96, 4, 2, 32),)
 _CALLS, _ROUNDS = 5, 5
-_BACKENDS: dict[str, Callable] = {
-  "xla": reference.expert_ffn,
-  "ragged_dot": ragged.expert_ffn,
-  "pallas_gpu": pallas_gpu.expert_ffn,
-}
+_BACKENDS: tuple[api.Implementation, ...] = ("xla", "ragged_dot", "pallas_gpu")
 Row = dict[str, Any]
 
 
@@ -132,18 +119,22 @@ def _workload(workload: tuple, *, say: Callable[[str], None]) -> list[Row]:
   flops = 6.0 * num_tokens * top_k * width * hidden
   loads = jnp.bincount(plan.routing.experts.reshape(-1), length=num_experts)
   wide = tuple(kernel.astype(jnp.float32) for kernel in kernels)
+  oracle = functools.partial(
+    api.expert_ffn, implementation="cpu_loop", **blocks
+  )
   with jax.default_matmul_precision("highest"):
-    expected = jax.jit(functools.partial(cpu_loop.expert_ffn, **blocks))(
-      rows.astype(jnp.float32), wide
-    )
+    expected = jax.jit(oracle)(rows.astype(jnp.float32), wide)
   results = []
-  for label, backend in (*_BACKENDS.items(), ("one dense FFN", None)):
-    error = None
+  for backend in (*_BACKENDS, None):
+    label, error = backend or "one dense FFN", None
     if backend is None:
       function: Callable = _dense
       x = rows.reshape(-1, width)[: num_tokens * top_k]
     else:
-      function, x = functools.partial(backend, **blocks), rows
+      function, x = (
+        functools.partial(api.expert_ffn, implementation=backend, **blocks),
+        rows,
+      )
     try:
       if backend is not None:
         error = _differs(function, x, kernels, expected=expected)
@@ -194,18 +185,13 @@ def main(argv: list[str]) -> None:
   for row in results:
     if "flops_per_s" in row:
       row["of_matmul"] = row["flops_per_s"] / ceiling
-  report = dict(
+  gpu_clock.write_report(
+    _OUTPUT.value,
     benchmark="expert_ffn_gpu",
-    date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-    device=jax.devices()[0].device_kind,
-    versions=dict(python=platform.python_version(), jax=jax.__version__),
     matmul_flops_per_s=ceiling,
     copy_bytes_per_s=copied,
     results=results,
   )
-  if _OUTPUT.value:
-    text = json.dumps(report, indent=1) + "\n"
-    pathlib.Path(_OUTPUT.value).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+import json
+import pathlib
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -56,3 +60,18 @@ def copy_bytes() -> float:
 def temporaries(compiled: Any) -> float:
   """GiB of temporaries of a compiled function, as XLA states them."""
   return compiled.memory_analysis().temp_size_in_bytes / 2**30
+
+
+def write_report(path: str | None, *, benchmark: str, **numbers: Any) -> None:
+  """Writes the JSON of a benchmark, with date, device and versions."""
+  if not path:
+    return
+  report = dict(
+    benchmark=benchmark,
+    date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+    device=jax.devices()[0].device_kind,
+    versions=dict(python=platform.python_version(), jax=jax.__version__),
+    **numbers,
+  )
+  text = json.dumps(report, indent=1) + "\n"
+  pathlib.Path(path).write_text(text, encoding="utf-8")

@@ -11,10 +11,6 @@ the rate of a bfloat16 matmul measured in the same run.
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
-import pathlib
-import platform
 import time
 from typing import Any
 from unittest import mock
@@ -213,19 +209,14 @@ def main(argv: list[str]) -> None:
       f"  loss {row['loss_first']:.3f} -> {row['loss_last']:.3f}"
     )
     results.append(row)
-  report = dict(
+  gpu_clock.write_report(
+    _OUTPUT.value,
     benchmark="train_step_gpu",
-    date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-    device=jax.devices()[0].device_kind,
-    versions=dict(python=platform.python_version(), jax=jax.__version__),
     model=dataclasses.asdict(dense),
     batch=[config.batch_size, config.sequence_length],
     matmul_flops_per_s=ceiling,
     results=results,
   )
-  if _OUTPUT.value:
-    text = json.dumps(report, indent=1) + "\n"
-    pathlib.Path(_OUTPUT.value).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

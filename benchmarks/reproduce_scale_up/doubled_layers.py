@@ -25,6 +25,7 @@ from aquila_jax.core.model_dir import StoredModel, load_model
 from aquila_jax.growth.scale_up import scale_up
 from aquila_jax.models import decoder_lm
 from aquila_jax.pipeline.context import Context, make_context
+from benchmarks.reproduction.job import Job
 
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Of the reproduction.", required=True
@@ -57,19 +58,15 @@ def _loss(context: Context, model: StoredModel) -> float:
   return evaluate(model.params)["loss"]
 
 
-def _rises(workdir: pathlib.Path, seed: int) -> dict[str, float]:
+def _source(job: Job, seed: int) -> epath.Path:
+  return job.directory(seed) / "stages" / "source" / "model"
+
+
+def _rises(job: Job, seed: int) -> dict[str, float]:
   """By case, how far the loss is above the source's."""
-  experiment = config_door.load_file(_CONFIG)
-  data = dataclasses.replace(
-    experiment.data, seed=seed, prepared=str(workdir / "data")
-  )
-  experiment = dataclasses.replace(experiment, seed=seed, data=data)
-  directory = workdir / f"seed_{seed}"
-  context = make_context(
-    experiment, epath.Path(directory), say=lambda line: None
-  )
+  context = make_context(job.of_seed(seed), job.directory(seed), say=job.say)
   source = load_model(
-    str(directory / "stages/source/model"),
+    str(_source(job, seed)),
     like=decoder_lm.abstract_params,
     with_optimizer=False,
   )
@@ -86,11 +83,19 @@ def _rises(workdir: pathlib.Path, seed: int) -> dict[str, float]:
 
 def main() -> None:
   """Measures, prints the table and writes the JSON."""
-  workdir = pathlib.Path(_WORKDIR.value)
-  seeds: dict[str, Any] = {}
-  for seed in range(3):
-    if (workdir / f"seed_{seed}" / "stages/source/model").exists():
-      seeds[str(seed)] = _rises(workdir, seed)
+  workdir = epath.Path(_WORKDIR.value)
+  job = Job(
+    experiment=config_door.load_file(_CONFIG),
+    workdir=workdir,
+    seeds=(0, 1, 2),
+    output=pathlib.Path(workdir / "layers.json"),
+    page=pathlib.Path(workdir / "layers.md"),
+  )
+  seeds: dict[str, Any] = {
+    str(seed): _rises(job, seed)
+    for seed in job.seeds
+    if _source(job, seed).exists()
+  }
   for name in _CASES:
     rises = [found[name] for found in seeds.values()]
     each = "  ".join(f"{rise:+.3f}" for rise in rises)

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from aquila_jax.kernels.expert_ffn import swiglu
+
 Kernels = tuple[
   Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]
 ]
@@ -68,18 +70,13 @@ def _backward(residuals, out_grad):
     rows_grad, gate_grad, up_grad, down_grad = carry
     expert, x = block_expert[i], _at(rows, i)
     g, u, dy = _at(gates, i), _at(ups, i), _at(out_grad, i)
-    sigmoid = jax.nn.sigmoid(g)
-    silu = g * sigmoid
-    dh = dy @ _at(down, expert).T
-    # d silu(g) / dg = sigmoid + silu * (1 - sigmoid)
-    dg = dh * u * (sigmoid + silu * (1 - sigmoid))
-    du = dh * silu
+    dg, du, h = swiglu.gradients(g, u, dy @ _at(down, expert).T)
     dx = dg @ _at(gate, expert).T + du @ _at(up, expert).T
     return (
       _set(rows_grad, dx, i),
       _set(gate_grad, _at(gate_grad, expert) + x.T @ dg, expert),
       _set(up_grad, _at(up_grad, expert) + x.T @ du, expert),
-      _set(down_grad, _at(down_grad, expert) + (silu * u).T @ dy, expert),
+      _set(down_grad, _at(down_grad, expert) + h.T @ dy, expert),
     )
 
   zeros = (jnp.zeros_like(rows), *(jnp.zeros_like(k) for k in kernels))

@@ -17,6 +17,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from aquila_jax.core import dtypes
+from aquila_jax.kernels.expert_ffn import swiglu
 
 Kernels = tuple[
   Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]
@@ -88,14 +89,9 @@ def _backward(interpret, residuals, out_grad):
     num_experts=gate.shape[0],
     interpret=interpret,
   )
-  sigmoid = jax.nn.sigmoid(g)
-  silu = g * sigmoid
-  dh = times(out_grad, down)
-  # d silu(g) / dg = sigmoid + silu * (1 - sigmoid)
-  dg = dh * u * (sigmoid + silu * (1 - sigmoid))
-  du = dh * silu
+  dg, du, h = swiglu.gradients(g, u, times(out_grad, down))
   dx = times(dg, gate) + times(du, up)
-  grads = outer(rows, dg), outer(rows, du), outer(silu * u, out_grad)
+  grads = outer(rows, dg), outer(rows, du), outer(h, out_grad)
   return dx, grads, None, None
 
 
@@ -170,9 +166,9 @@ def _outer(
   interpret: bool = False,
 ) -> Float[Array, "E K N"]:
   """x^T y of each expert, over all of its blocks."""
-  used = jnp.arange(len(block_expert), dtype=num_blocks.dtype) < num_blocks
-  counts = jnp.zeros(num_experts, jnp.int32)
-  counts = counts.at[block_expert].add(used.astype(jnp.int32))
+  counts = swiglu.blocks_of_experts(
+    block_expert, num_blocks, num_experts=num_experts
+  )
   ends = jnp.cumsum(counts, dtype=jnp.int32)
   depth, width = x.shape[-1], y.shape[-1]
   tile = _tile(x.dtype, rows=depth, columns=width, depth=x.shape[1])

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from aquila_jax.kernels.expert_ffn import swiglu
+
 
 def expert_ffn(
   rows: Float[Array, "P Q D"],
@@ -18,11 +20,9 @@ def expert_ffn(
 ) -> Float[Array, "P Q D"]:
   """The blocks of an expert as one group of rows; see api.py."""
   gate, up, down = kernels
-  num_blocks_at_most, block_size = rows.shape[:2]
-  used = jnp.arange(num_blocks_at_most, dtype=num_blocks.dtype) < num_blocks
-  sizes = jnp.zeros(gate.shape[0], jnp.int32)
-  sizes = sizes.at[block_expert].add(
-    jnp.where(used, jnp.int32(block_size), jnp.int32(0))
+  used = swiglu.in_use(block_expert, num_blocks)
+  sizes = rows.shape[1] * swiglu.blocks_of_experts(
+    block_expert, num_blocks, num_experts=gate.shape[0]
   )
   # ragged_dot says nothing of rows behind the last group.
   x = jnp.where(used[:, None, None], rows, jnp.zeros((), rows.dtype))

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from aquila_jax.kernels.expert_ffn import swiglu
+
 
 def expert_ffn(
   rows: Float[Array, "P Q D"],
@@ -21,5 +23,5 @@ def expert_ffn(
   hidden = jax.nn.silu(jnp.einsum("PQD,PDF->PQF", rows, gate))
   hidden = hidden * jnp.einsum("PQD,PDF->PQF", rows, up)
   out = jnp.einsum("PQF,PFD->PQD", hidden, down)
-  used = jnp.arange(rows.shape[0], dtype=num_blocks.dtype) < num_blocks
+  used = swiglu.in_use(block_expert, num_blocks)
   return jnp.where(used[:, None, None], out, jnp.zeros((), out.dtype))
