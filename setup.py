@@ -59,6 +59,7 @@ _EXTRAS = {
   ],
   "test": [
     "beartype>=0.22",
+    "hypothesis>=6.130",
     "pytest>=9",
     "pytest-xdist>=3.8",
   ],

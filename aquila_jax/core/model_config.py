@@ -103,6 +103,9 @@ class MoeConfig:
   # None is dropless; otherwise slots an expert = factor * A * M / E, and what
   # does not fit is dropped, counted and reported.
   capacity_factor: float | None = None
+  # Choose tokens' experts by the platform's kernel, where it has one; the same
+  # by the compiler's own operations otherwise (kernels/topk_routing).
+  use_routing_kernel: bool = True
   # Rows a block of the dropless dispatch; a group of rows that belongs to one
   # expert is padded to a multiple of it.
   block_size: int = 64

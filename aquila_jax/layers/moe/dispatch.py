@@ -19,8 +19,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from aquila_jax.core.model_config import MoeConfig
 from aquila_jax.core.types import Leaf
+from aquila_jax.kernels.topk_routing.reference import chosen_by
+from aquila_jax.layers.moe.losses import RoutingSums, squared_logsumexp
 from aquila_jax.layers.moe.router import Affinity
-from aquila_jax.layers.moe.selection import Routing, choose
+from aquila_jax.layers.moe.selection import Routing, route, routing
 
 
 class Meetings(struct.PyTreeNode):
@@ -30,6 +32,7 @@ class Meetings(struct.PyTreeNode):
   ids: Leaf  # int [M A]; the experts of a token, -1 is none
   top_gate: Leaf  # float [M]; a token's largest gate, 0 where it has none
   dropped: Leaf  # float []; the share that the dispatcher could not serve
+  sums: RoutingSums
 
 
 @runtime_checkable
@@ -48,12 +51,12 @@ class Dispatch(Protocol):
     ...
 
   def meetings(self) -> Meetings:
-    """See `Meetings`."""
+    """See `Meetings`; sums are over the rows of tokens that there were."""
     ...
 
 
-class TokenDispatch(struct.PyTreeNode):
-  """Tokens have chosen. R = M * A assignments, P * Q slots."""
+class Placed(struct.PyTreeNode):
+  """The slots of R = M * A assignments, P * Q slots."""
 
   routing: Routing
   slot: Leaf  # int [R]; of an assignment; P * Q where it was dropped
@@ -76,20 +79,44 @@ class TokenDispatch(struct.PyTreeNode):
     routed = routed.reshape(*gates.shape, -1)  # (R, D) -> (M, A, D)
     return jnp.einsum("MAD,MA->MD", routed, gates.astype(routed.dtype))
 
-  def meetings(self) -> Meetings:
-    """`dropped` is the share of the valid tokens' assignments."""
-    experts, valid = self.routing.experts, self.routing.valid[:, None]
-    every = jnp.arange(self.routing.num_experts, dtype=experts.dtype)
-    # (M, A, 1) == (1, 1, E)
-    assigned = jnp.any(experts[:, :, None] == every[None, None], axis=1)
-    num_assigned = jnp.maximum(jnp.sum(valid) * experts.shape[1], 1)
-    dtype = self.routing.gates.dtype
+  def dropped(self) -> Float[Array, ""]:
+    """The share of the valid tokens' assignments that found no slot."""
+    valid, dtype = self.routing.valid[:, None], self.routing.gates.dtype
+    num_assigned = jnp.maximum(jnp.sum(valid) * self.kept.shape[1], 1)
     lost = jnp.sum(valid & ~self.kept).astype(dtype)
+    return lost / num_assigned.astype(dtype)
+
+
+class TokenDispatch(struct.PyTreeNode):
+  """Tokens have chosen."""
+
+  placed: Placed
+  sums: RoutingSums
+
+  @property
+  def block_expert(self) -> Int[Array, "P"]:
+    return self.placed.block_expert
+
+  @property
+  def num_blocks(self) -> Int[Array, ""]:
+    return self.placed.num_blocks
+
+  def gather(self, x: Float[Array, "M D"]) -> Float[Array, "P Q D"]:
+    return self.placed.gather(x)
+
+  def combine(self, rows: Float[Array, "P Q D"]) -> Float[Array, "M D"]:
+    return self.placed.combine(rows)
+
+  def meetings(self) -> Meetings:
+    routing = self.placed.routing
+    valid = routing.valid[:, None]
+    assigned = chosen_by(routing.experts, self.sums.counts.shape[-1])
     return Meetings(
       assigned=assigned & valid,
-      ids=jnp.where(valid, experts, -1),
-      top_gate=jnp.max(self.routing.gates, axis=-1),
-      dropped=lost / num_assigned.astype(dtype),
+      ids=jnp.where(valid, routing.experts, -1),
+      top_gate=jnp.max(routing.gates, axis=-1),
+      dropped=self.placed.dropped(),
+      sums=self.sums,
     )
 
 
@@ -97,7 +124,7 @@ class TokenDispatch(struct.PyTreeNode):
 class Placement(Protocol):
   """A way to place what tokens have chosen into blocks of one expert each."""
 
-  def place(self, routing: Routing) -> TokenDispatch:
+  def place(self, routing: Routing) -> Placed:
     """Places every assignment of a valid token, or drops it."""
     ...
 
@@ -108,13 +135,12 @@ class Dropless:
 
   block_size: int
 
-  def place(self, routing: Routing) -> TokenDispatch:
-    num_experts = routing.num_experts
-    num_rows = routing.experts.size
+  def place(self, routing: Routing) -> Placed:
+    counts = routing.counts
+    num_experts, num_rows = counts.size, routing.experts.size
     size = self.block_size
     # sum_e ceil(c_e / Q) <= (R + E (Q - 1)) / Q
     max_blocks = (num_rows + num_experts * (size - 1)) // size
-    position, counts = _positions(routing)
     blocks = -(-counts // size)
     last_block = jnp.cumsum(blocks, dtype=jnp.int32)
     first_slot = (last_block - blocks) * size
@@ -123,7 +149,8 @@ class Dropless:
     )
     return _place(
       routing,
-      slot=first_slot[routing.experts.reshape(-1)] + position,
+      slot=first_slot[routing.experts.reshape(-1)]
+      + routing.positions.reshape(-1),
       fits=jnp.ones(num_rows, bool),
       num_slots=max_blocks * size,
       block_expert=jnp.minimum(block_expert, num_experts - 1),
@@ -141,11 +168,10 @@ class Capacity:
 
   factor: float
 
-  def place(self, routing: Routing) -> TokenDispatch:
-    num_experts = routing.num_experts
-    num_rows = routing.experts.size
+  def place(self, routing: Routing) -> Placed:
+    num_experts, num_rows = routing.counts.size, routing.experts.size
     capacity = max(1, math.ceil(self.factor * num_rows / num_experts))
-    position, _ = _positions(routing)
+    position = routing.positions.reshape(-1)
     return _place(
       routing,
       slot=routing.experts.reshape(-1) * capacity + position,
@@ -169,23 +195,19 @@ class TokenChoice:
 
   config: MoeConfig
 
-  def dispatch(self, affinity: Affinity) -> Dispatch:
-    routing = choose(affinity, self.config)
-    return make_placement(self.config).place(routing)
-
-
-def _positions(
-  routing: Routing,
-) -> tuple[Int[Array, "R"], Int[Array, "E"]]:
-  """Each assignment's place in its expert's group, and the groups' sizes."""
-  num_experts = routing.num_experts
-  experts = routing.experts.reshape(-1)  # (M, A) -> (R,)
-  valid = jnp.repeat(routing.valid, routing.experts.shape[-1])
-  every = jnp.arange(num_experts, dtype=experts.dtype)
-  member = (experts[:, None] == every[None]) & valid[:, None]
-  before = jnp.cumsum(member.astype(jnp.int32), axis=0, dtype=jnp.int32)
-  position = jnp.take_along_axis(before, experts[:, None], axis=1)[:, 0] - 1
-  return position, before[-1]
+  def dispatch(self, affinity: Affinity, *, num_rows: int) -> TokenDispatch:
+    routed = route(affinity, self.config, num_rows=num_rows)
+    is_plain = affinity.plain is affinity.logits
+    return TokenDispatch(
+      placed=make_placement(self.config).place(routing(routed, affinity)),
+      sums=RoutingSums(
+        counts=routed.counts,
+        probability=routed.probability,
+        entropy=routed.entropy,
+        # The routing's is of the logits, normalised and with their noise.
+        z=routed.z if is_plain else squared_logsumexp(affinity),
+      ),
+    )
 
 
 def _place(
@@ -196,7 +218,7 @@ def _place(
   num_slots: int,
   block_expert: Int[Array, "P"],
   num_blocks: Int[Array, ""],
-) -> TokenDispatch:
+) -> Placed:
   num_tokens, top_k = routing.experts.shape
   kept = fits & jnp.repeat(routing.valid, top_k)
   slot = jnp.where(kept, slot, num_slots)
@@ -204,7 +226,7 @@ def _place(
   assignment = assignment.at[slot].set(
     jnp.arange(slot.size, dtype=jnp.int32), mode="drop"
   )
-  return TokenDispatch(
+  return Placed(
     routing=routing,
     slot=slot,
     assignment=assignment,

@@ -24,8 +24,9 @@ from jaxtyping import Array, Float
 from aquila_jax.core.model_config import MoeConfig
 from aquila_jax.core.types import Leaf
 from aquila_jax.layers.moe.dispatch import Dispatch, Meetings
+from aquila_jax.layers.moe.losses import summed
 from aquila_jax.layers.moe.router import Affinity
-from aquila_jax.layers.moe.scoring import make_scoring
+from aquila_jax.layers.moe.selection import rule
 
 
 class ExpertDispatch(struct.PyTreeNode):
@@ -35,7 +36,9 @@ class ExpertDispatch(struct.PyTreeNode):
   gates: Leaf  # float [E C]; 0 where the slot is empty
   block_expert: Leaf  # int [E]
   num_blocks: Leaf  # int []
-  valid: Leaf  # bool [M]
+  affinity: Affinity
+  probability: Leaf  # float [M E]
+  num_rows: int = struct.field(pytree_node=False)
 
   def gather(self, x: Float[Array, "M D"]) -> Float[Array, "E C D"]:
     return jnp.take(x, self.tokens, axis=0, mode="fill", fill_value=0)
@@ -43,12 +46,14 @@ class ExpertDispatch(struct.PyTreeNode):
   def combine(self, rows: Float[Array, "E C D"]) -> Float[Array, "M D"]:
     """By a scatter: a token has any number of slots."""
     weighted = rows * self.gates[..., None].astype(rows.dtype)
-    out = jnp.zeros((self.valid.shape[0], rows.shape[-1]), rows.dtype)
+    num_tokens = self.affinity.valid.shape[0]
+    out = jnp.zeros((num_tokens, rows.shape[-1]), rows.dtype)
     return out.at[self.tokens].add(weighted, mode="drop")
 
   def meetings(self) -> Meetings:
     """`dropped` is the share of the valid tokens that meet no expert."""
-    (num_experts, _), num_tokens = self.tokens.shape, self.valid.shape[0]
+    valid = self.affinity.valid
+    (num_experts, _), num_tokens = self.tokens.shape, valid.shape[0]
     every = jnp.arange(num_experts, dtype=self.block_expert.dtype)
     pairs = (self.tokens, every[:, None])
     shape = (num_tokens, num_experts)
@@ -56,13 +61,19 @@ class ExpertDispatch(struct.PyTreeNode):
     gates = (
       jnp.zeros(shape, self.gates.dtype).at[pairs].set(self.gates, mode="drop")
     )
-    alone = self.valid & ~jnp.any(assigned, axis=1)
-    num_valid = jnp.maximum(jnp.sum(self.valid), 1).astype(gates.dtype)
+    alone = valid & ~jnp.any(assigned, axis=1)
+    num_valid = jnp.maximum(jnp.sum(valid), 1).astype(gates.dtype)
     return Meetings(
       assigned=assigned,
       ids=jnp.where(assigned, every[None], -1),
       top_gate=jnp.max(gates, axis=-1),
       dropped=jnp.sum(alone).astype(gates.dtype) / num_valid,
+      sums=summed(
+        self.affinity,
+        self.probability,
+        assigned=assigned,
+        num_rows=self.num_rows,
+      ),
     )
 
 
@@ -72,10 +83,11 @@ class ExpertChoice:
 
   config: MoeConfig
 
-  def dispatch(self, affinity: Affinity) -> Dispatch:
+  def dispatch(self, affinity: Affinity, *, num_rows: int) -> Dispatch:
     num_tokens, num_experts = affinity.logits.shape
     capacity = math.ceil(self.config.top_k * num_tokens / num_experts)
-    scores = make_scoring(self.config).scores(affinity.logits)
+    scoring = rule(self.config).scoring
+    scores = scoring.scores(affinity.logits)
     # Padding comes last, and is then thrown out.
     ranks = jnp.where(affinity.valid[:, None], scores, -jnp.inf)
     ranks = jax.lax.stop_gradient(ranks).T  # (M, E) -> (E, M)
@@ -87,5 +99,7 @@ class ExpertChoice:
       gates=jnp.where(taken, self.config.gate_scale * gates, 0.0),
       block_expert=jnp.arange(num_experts, dtype=jnp.int32),
       num_blocks=jnp.asarray(num_experts, jnp.int32),
-      valid=affinity.valid,
+      affinity=affinity,
+      probability=scoring.probability(affinity.logits),
+      num_rows=num_rows,
     )

@@ -17,7 +17,6 @@ from aquila_jax.layers.moe import losses
 from aquila_jax.layers.moe.dispatch import Dispatch, Meetings, TokenChoice
 from aquila_jax.layers.moe.expert_choice import ExpertChoice
 from aquila_jax.layers.moe.router import Affinity, Router
-from aquila_jax.layers.moe.scoring import make_scoring
 from aquila_jax.layers.moe.shared_expert import SharedExpert
 
 
@@ -25,8 +24,8 @@ from aquila_jax.layers.moe.shared_expert import SharedExpert
 class Choice(Protocol):
   """Who meets whom, and where: tokens choose experts, or experts tokens."""
 
-  def dispatch(self, affinity: Affinity) -> Dispatch:
-    """The plan for one batch of tokens."""
+  def dispatch(self, affinity: Affinity, *, num_rows: int) -> Dispatch:
+    """The plan for one batch of tokens, in so many rows."""
     ...
 
 
@@ -67,7 +66,7 @@ class MoeFeedForward(nn.Module):
     affinity = Router(self.config, moe, name="router")(
       tokens, valid=segments.reshape(-1) > 0
     )
-    plan = make_choice(moe).dispatch(affinity)
+    plan = make_choice(moe).dispatch(affinity, num_rows=x.shape[0])
     rows = expert_ffn.expert_ffn(
       plan.gather(tokens),
       self._kernels(moe.num_experts, x.dtype, mask=mask),
@@ -81,12 +80,11 @@ class MoeFeedForward(nn.Module):
     meetings = plan.meetings()
     self._sow(meetings, num_rows=x.shape[0])
     stats = losses.routing_stats(
-      affinity,
-      make_scoring(moe).probability(affinity.logits),
-      meetings=meetings,
-      num_rows=x.shape[0],
-      # (B, T, I) -> (M, I)
-      groups=None if groups is None else groups.reshape(-1, groups.shape[-1]),
+      meetings.sums,
+      valid=affinity.valid,
+      top_gate=meetings.top_gate,
+      dropped=meetings.dropped,
+      group_counts=None if groups is None else _of_groups(meetings, groups),
     )
     return out.reshape(x.shape), stats
 
@@ -118,3 +116,12 @@ class MoeFeedForward(nn.Module):
     )
     down = feed_forward.mask_rows(down, mask)
     return gate.astype(dtype), up.astype(dtype), down.astype(dtype)
+
+
+def _of_groups(
+  meetings: Meetings, groups: Float[Array, "B T I"]
+) -> Float[Array, "I E"]:
+  """Assignments of the tokens of each group to each expert."""
+  groups = groups.reshape(-1, groups.shape[-1])  # (B, T, I) -> (M, I)
+  met = meetings.assigned.astype(groups.dtype)
+  return jnp.einsum("MI,ME->IE", groups, met)

@@ -4,20 +4,68 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from flax import struct
+from jaxtyping import Array, Bool, Float
 
-from aquila_jax.core.types import RoutingStats
-from aquila_jax.layers.moe.dispatch import Meetings
+from aquila_jax.core.types import Leaf, RoutingStats
 from aquila_jax.layers.moe.router import Affinity
 
 
-def routing_stats(
+class RoutingSums(struct.PyTreeNode):
+  """Sums over the tokens of each of B rows, or of all; padding is in none."""
+
+  counts: Leaf  # float [B E]; tokens that were meant to meet an expert
+  probability: Leaf  # float [B E]
+  entropy: Leaf  # float []; of a token's probabilities, no gradient
+  z: Leaf  # float []; logsumexp(x W)^2
+
+
+def summed(
   affinity: Affinity,
   probability: Float[Array, "M E"],
   *,
-  meetings: Meetings,
+  assigned: Bool[Array, "M E"],
   num_rows: int,
-  groups: Float[Array, "M I"] | None = None,
+) -> RoutingSums:
+  """The sums of a choice that comes without them.
+
+  Args:
+    affinity: of the router.
+    probability: p, of the router's order.
+    assigned: who was meant to meet whom; False for padding.
+    num_rows: B; M tokens are as many rows of T.
+
+  Returns:
+    The sums.
+  """
+  valid = affinity.valid.astype(probability.dtype)
+
+  def by_row(values: Float[Array, "M E"]) -> Float[Array, "B E"]:
+    return jnp.sum(values.reshape(num_rows, -1, values.shape[-1]), axis=1)
+
+  still = jax.lax.stop_gradient(probability)
+  entropy = -jnp.sum(jax.scipy.special.xlogy(still, still), axis=-1)
+  return RoutingSums(
+    counts=by_row(assigned.astype(probability.dtype)),
+    probability=by_row(probability * valid[:, None]),
+    entropy=jnp.sum(entropy * valid),
+    z=squared_logsumexp(affinity),
+  )
+
+
+def squared_logsumexp(affinity: Affinity) -> Float[Array, ""]:
+  """The sum of logsumexp(x W)^2 over tokens that are not padding."""
+  z = jax.nn.logsumexp(affinity.plain, axis=-1)
+  return jnp.sum(jnp.square(z) * affinity.valid.astype(z.dtype))
+
+
+def routing_stats(
+  sums: RoutingSums,
+  *,
+  valid: Bool[Array, "M"],
+  top_gate: Float[Array, "M"],
+  dropped: Float[Array, ""],
+  group_counts: Float[Array, "I E"] | None = None,
 ) -> RoutingStats:
   """What the layer says of its routing.
 
@@ -35,47 +83,35 @@ def routing_stats(
   gradient.
 
   Args:
-    affinity: of the router.
-    probability: p, of the router's order.
-    meetings: of the dispatch.
-    num_rows: B; M tokens are as many rows of T.
-    groups: 1 where a token is of a group, for the load of each.
+    sums: over the tokens of B rows.
+    valid: False for padding.
+    top_gate: a token's largest gate.
+    dropped: the share that the dispatcher could not serve.
+    group_counts: of `sums.counts`, those of tokens of each group.
 
   Returns:
     The layer's statistics.
   """
-  dtype = affinity.logits.dtype
-  valid = affinity.valid.astype(dtype)
-  tokens = jnp.sum(valid.reshape(num_rows, -1), axis=1)  # (B,)
-  num_tokens = jnp.maximum(jnp.sum(tokens), 1)
-
-  def mean(values: Float[Array, "M"]) -> Float[Array, ""]:
-    return jnp.sum(values * valid) / num_tokens
-
-  def by_row(values: Float[Array, "M E"]) -> Float[Array, "B E"]:
-    return jnp.sum(values.reshape(num_rows, -1, values.shape[-1]), axis=1)
-
-  assigned = by_row(meetings.assigned.astype(dtype))
-  summed = by_row(probability * valid[:, None])
-  row_load = assigned / jnp.maximum(_total(assigned), 1)
-  rows = jnp.sum(row_load * summed, axis=-1)  # tokens of the row * sum f P
-  load = jnp.sum(assigned, axis=0)
+  num_experts = sums.counts.shape[-1]
+  is_token = valid.astype(sums.probability.dtype)
+  num_tokens = jnp.maximum(jnp.sum(is_token), 1)
+  counts = sums.counts.astype(sums.probability.dtype)
+  row_load = counts / jnp.maximum(_total(counts), 1)
+  # Tokens of the row * sum f P.
+  rows = jnp.sum(row_load * sums.probability, axis=-1)
+  load = jnp.sum(counts, axis=0)
   num_assigned = jnp.maximum(_total(load), 1)
   group_load = None
-  if groups is not None:
-    met = meetings.assigned.astype(dtype)
-    group_load = jnp.einsum("MI,ME->IE", groups.astype(dtype), met)
-    group_load = jax.lax.stop_gradient(group_load) / num_assigned[None]
-  z = jax.nn.logsumexp(affinity.plain, axis=-1)
-  still = jax.lax.stop_gradient(probability)
+  if group_counts is not None:
+    group_load = jax.lax.stop_gradient(group_counts) / num_assigned[None]
   return RoutingStats(
     load=load / num_assigned,
-    probability=jnp.sum(summed, axis=0) / num_tokens,
-    sequence_balance=assigned.shape[-1] * jnp.sum(rows) / num_tokens,
-    z_loss=mean(jnp.square(z)),
-    entropy=mean(-jnp.sum(jax.scipy.special.xlogy(still, still), axis=-1)),
-    top_gate=mean(jax.lax.stop_gradient(meetings.top_gate)),
-    dropped=meetings.dropped,
+    probability=jnp.sum(sums.probability, axis=0) / num_tokens,
+    sequence_balance=num_experts * jnp.sum(rows) / num_tokens,
+    z_loss=sums.z / num_tokens,
+    entropy=sums.entropy / num_tokens,
+    top_gate=jnp.sum(jax.lax.stop_gradient(top_gate) * is_token) / num_tokens,
+    dropped=dropped,
     group_load=group_load,
   )
 

@@ -22,11 +22,17 @@ def _routing(num_tokens=13, num_experts=5, top_k=2, *, seed=0, busy=None):
     experts[:, 0] = busy
     experts[:, 1:] = (busy + 1 + np.arange(top_k - 1)) % num_experts
   valid = np.arange(num_tokens) % 4 != 3
+  counts = np.zeros(num_experts, np.int32)
+  positions = np.full(experts.shape, -1, np.int32)
+  for token in np.flatnonzero(valid):
+    positions[token] = counts[experts[token]]
+    counts[experts[token]] += 1
   return Routing(
     experts=jnp.asarray(experts, jnp.int32),
     gates=jnp.asarray(rng.normal(size=(num_tokens, top_k)), jnp.float32),
     valid=jnp.asarray(valid),
-    num_experts=num_experts,
+    positions=jnp.asarray(positions),
+    counts=jnp.asarray(counts),
   )
 
 
@@ -67,7 +73,7 @@ def test_dropless_places_every_valid_assignment_once(case, block_size):
   # No block more than the groups need.
   counts = np.bincount(
     np.asarray(routing.experts)[np.asarray(routing.valid)].ravel(),
-    minlength=routing.num_experts,
+    minlength=routing.counts.size,
   )
   assert plan.num_blocks == sum(-(-count // block_size) for count in counts)
 
@@ -78,7 +84,7 @@ def test_capacity_keeps_the_first_of_every_expert(case, factor):
   routing = _routing(**case)
   plan = dispatch.Capacity(factor).place(routing)
   num_tokens, top_k = routing.experts.shape
-  num_experts = routing.num_experts
+  num_experts = routing.counts.size
   capacity = int(np.ceil(factor * num_tokens * top_k / num_experts))
   used = [0] * num_experts
   for token in range(num_tokens):

@@ -13,6 +13,8 @@ import pytest
 
 from aquila_jax.core import axes
 from aquila_jax.core.model_config import ModelConfig, MoeConfig
+from aquila_jax.kernels.topk_routing import api
+from aquila_jax.kernels.topk_routing.pallas_tpu import PallasTpu
 from aquila_jax.layers.moe.layer import MoeFeedForward
 
 NUM_EXPERTS = 4
@@ -190,3 +192,29 @@ def test_router_of_half_precision_is_float32():
   assert {leaf.dtype for leaf in jax.tree.leaves(stats)} == {
     jnp.dtype("float32")
   }
+
+
+def test_the_routing_kernel_changes_no_loss(monkeypatch):
+  """And `use_routing_kernel` switches it off."""
+  kernel = PallasTpu(device_kind="TPU v6 lite", interpret=True)
+  monkeypatch.setattr(api, "platform_default", lambda: "pallas_tpu")
+  monkeypatch.setitem(api._BACKENDS, "pallas_tpu", kernel)
+  x, params = _inputs()
+  outputs = {}
+  for wanted in (True, False):
+    config = _config(use_routing_kernel=wanted)
+
+    def loss(x, params, config=config):
+      out, stats = _apply(config, x, params)
+      total = jnp.sum(out**2) + stats.balance_loss + 0.1 * stats.z_loss
+      return total, stats
+
+    both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    assert ("pallas_call" in str(jax.make_jaxpr(both)(x, params))) == wanted
+    outputs[wanted] = jax.jit(both)(x, params)
+  # float32; sums of some ten products.
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+    outputs[True],
+    outputs[False],
+  )

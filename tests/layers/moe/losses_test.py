@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aquila_jax.layers.moe.dispatch import Meetings
-from aquila_jax.layers.moe.losses import routing_stats
+from aquila_jax.layers.moe.losses import routing_stats, summed
 from aquila_jax.layers.moe.router import Affinity
 
 # Two experts, probabilities (3/4, 1/4), (1/4, 3/4), (1/2, 1/2) and padding;
@@ -20,16 +19,17 @@ VALID = jnp.asarray([True, True, True, False])
 def _stats(logits=LOGITS, *, experts=EXPERTS, valid=VALID, num_rows=2):
   every = jnp.arange(logits.shape[1])
   assigned = jnp.any(experts[:, :, None] == every[None, None], axis=1)
-  return routing_stats(
+  sums = summed(
     Affinity(plain=logits, logits=logits, bias=None, valid=valid),
     jax.nn.softmax(logits, axis=-1),
-    meetings=Meetings(
-      assigned=assigned & valid[:, None],
-      ids=experts,
-      top_gate=jnp.asarray([0.75, 0.5, 0.25, 7.0]),
-      dropped=jnp.asarray(1 / 3),
-    ),
+    assigned=assigned & valid[:, None],
     num_rows=num_rows,
+  )
+  return routing_stats(
+    sums,
+    valid=valid,
+    top_gate=jnp.asarray([0.75, 0.5, 0.25, 7.0]),
+    dropped=jnp.asarray(1 / 3),
   )
 
 

@@ -13,7 +13,6 @@ import pytest
 from aquila_jax.core.model_config import MoeConfig
 from aquila_jax.layers.moe import selection
 from aquila_jax.layers.moe.router import Affinity
-from aquila_jax.layers.moe.scoring import make_scoring
 
 # exp: 1, 8, 4, 2 of 15; and 1, 1, 1, 1 of 4: a tie.
 LOGITS = np.log([[1.0, 8.0, 4.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
@@ -30,6 +29,10 @@ def _choose(logits: Any = LOGITS, *, valid=None, bias=None, **fields: Any):
   )
   config = MoeConfig(num_experts=num_experts, **fields)
   return selection.choose(affinity, config)
+
+
+def _scoring(order: Any):
+  return selection.rule(MoeConfig(router_order=order)).scoring
 
 
 @pytest.mark.parametrize(
@@ -124,9 +127,7 @@ def test_the_best_groups_are_those_of_a_loop(group_score, order, with_bias):
   routing = _choose(
     logits, bias=bias, router_order=order, group_score=group_score, **sizes
   )
-  scores = np.asarray(
-    make_scoring(MoeConfig(router_order=order)).scores(jnp.asarray(logits))
-  )
+  scores = np.asarray(_scoring(order).scores(jnp.asarray(logits)))
   scores = scores + (0 if bias is None else bias)
   counted = {"max": 1, "top2_sum": 2}[group_score]
   found = routing.experts.tolist()
@@ -141,7 +142,7 @@ def test_the_best_groups_are_those_of_a_loop(group_score, order, with_bias):
   "order", ["topk_then_softmax", "softmax_then_topk", "sigmoid"]
 )
 def test_probabilities_sum_to_one(order):
-  scoring = make_scoring(MoeConfig(router_order=order))
+  scoring = _scoring(order)
   found = scoring.probability(jnp.asarray(LOGITS, jnp.float32))
   np.testing.assert_allclose(jnp.sum(found, axis=1), 1, rtol=1e-6)
   np.testing.assert_allclose(found[1], 0.25, rtol=1e-6)

@@ -1,0 +1,446 @@
+"""Top-k routing in Pallas for TPUs.
+
+Experts lie on sublanes and tokens on lanes: eight experts fill a vector, and
+reductions over experts are cheap. XLA lays router logits out so by itself, so
+that nothing is transposed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from aquila_jax.kernels.topk_routing import tpu_backward, tpu_forward, tuning
+from aquila_jax.kernels.topk_routing.lanes import LANES, SUBLANES
+from aquila_jax.kernels.topk_routing.rule import (
+  Gradients,
+  Residuals,
+  Routed,
+  RoutingRule,
+)
+from aquila_jax.kernels.topk_routing.tpu_forward import Shape
+from aquila_jax.kernels.topk_routing.tuning import Blocks
+
+_MOST_EXPERTS = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PallasTpu:
+  """The backend; api.py has its interface."""
+
+  # None is the first device's; another where a program is compiled for it.
+  device_kind: str | None = None
+  blocks: Blocks | None = None  # None looks them up
+  interpret: bool = False  # runs the bodies anywhere; for tests
+
+  def unsupported(
+    self, rule: RoutingRule, dtype: jnp.dtype, num_experts: int
+  ) -> str | None:
+    """A reason, or None."""
+    if self.device_kind is None and jax.default_backend() != "tpu":
+      return f"TPU, but {jax.default_backend()}"
+    if rule.limits_groups:
+      return f"top_groups={rule.top_groups} of num_groups={rule.num_groups}"
+    if dtype not in (jnp.float32, jnp.bfloat16):
+      return f"logits of {dtype}"
+    if num_experts > _MOST_EXPERTS:
+      return f"num_experts={num_experts}, above {_MOST_EXPERTS}"
+    return None
+
+  def forward(
+    self,
+    logits: Float[Array, "M E"],
+    rule: RoutingRule,
+    *,
+    bias: Float[Array, "E"] | None,
+    valid: Bool[Array, "M"] | None,
+    num_rows: int,
+  ) -> tuple[Routed, Residuals]:
+    """See api.topk_routing."""
+    num_tokens, num_experts = logits.shape
+    grid = self._grid(num_tokens, num_experts, rule, num_rows)
+    shape = Shape(
+      rule=rule,
+      num_experts=num_experts,
+      blocks=grid.blocks,
+      is_half=logits.dtype.itemsize < 4,
+      has_bias=bias is not None,
+      has_valid=valid is not None or grid.is_ragged,
+      steps_per_piece=grid.steps_per_piece,
+    )
+    out = _forward(
+      grid.padded(logits.T),
+      bias=bias,
+      valid=grid.valid(valid) if shape.has_valid else None,
+      shape=shape,
+      grid=grid,
+      interpret=self.interpret,
+    )
+    experts, gates, positions, chosen, lse, counts, probability, scalars = out
+    counts = counts[:, :num_experts, 0].reshape(grid.num_cores, -1, num_experts)
+    if grid.num_cores > 1:
+      before = jnp.cumsum(counts[:, -1], axis=0) - counts[:, -1]
+      positions = _shift(
+        experts,
+        positions,
+        before,
+        shape=shape,
+        grid=grid,
+        interpret=self.interpret,
+      )
+    # (cores, pieces, E), so far -> of each piece
+    counts = jnp.diff(counts, axis=1, prepend=0)
+    scalars = scalars[:, ::SUBLANES].sum(axis=(0, 2))
+    experts, gates = grid.tokens(experts).T, grid.tokens(gates).T
+    routed = Routed(
+      experts=experts,
+      gates=gates,
+      positions=grid.tokens(positions).T,
+      counts=grid.by_row(counts.reshape(-1, num_experts)),
+      probability=grid.by_row(probability[:, :num_experts].sum(axis=-1)),
+      z=scalars[0],
+      entropy=scalars[1],
+    )
+    residuals = Residuals(
+      logits=logits,
+      valid=valid,
+      experts=experts,
+      gates=gates,
+      chosen=grid.tokens(chosen).T,
+      logsumexp=grid.tokens(lse)[0],
+    )
+    return routed, residuals
+
+  def backward(
+    self, residuals: Residuals, grads: Gradients, rule: RoutingRule
+  ) -> Float[Array, "M E"]:
+    """See reference.backward."""
+    num_tokens, num_experts = residuals.logits.shape
+    grid = self._grid(num_tokens, num_experts, rule, grads.probability.shape[0])
+    is_padded = residuals.valid is not None or grid.is_ragged
+    grad = _backward(
+      residuals,
+      grads,
+      valid=grid.valid(residuals.valid) if is_padded else None,
+      shape=tpu_backward.BackwardShape(
+        rule=rule,
+        num_experts=num_experts,
+        tokens=grid.blocks.tokens,
+        width=grid.blocks.backward,
+        has_valid=is_padded,
+      ),
+      grid=grid,
+      interpret=self.interpret,
+    )
+    return grid.tokens(grad).T
+
+  def _grid(
+    self, num_tokens: int, num_experts: int, rule: RoutingRule, num_rows: int
+  ) -> Grid:
+    kind = self.device_kind or jax.devices()[0].device_kind
+    blocks = self.blocks or tuning.blocks(
+      kind, num_experts=num_experts, top_k=rule.top_k
+    )
+    return Grid.of(
+      num_tokens // num_rows,
+      num_rows,
+      blocks=blocks,
+      num_cores=tuning.num_cores(kind),
+    )
+
+
+def _forward(logits, *, bias, valid, shape: Shape, grid: Grid, interpret: bool):
+  num_experts, num_tokens = logits.shape
+  top_k, tile = shape.rule.top_k, grid.blocks.tokens
+  rows = shape.num_tiles * SUBLANES
+  like = functools.partial(_like, logits)
+  column = grid.column
+  piece = lambda core, step: (  # noqa: E731
+    jax.lax.div(core * grid.steps + step, grid.steps_per_piece),
+    0,
+    0,
+  )
+  arguments, specs = [logits], [pl.BlockSpec((_rows(logits), tile), column)]
+  if bias is not None:
+    arguments.append(_on_lanes(bias.astype(jnp.float32), rows))
+    specs.append(pl.BlockSpec((rows, LANES), lambda core, step: (0, 0)))
+  if valid is not None:
+    arguments.append(valid)
+    specs.append(pl.BlockSpec((1, tile), column))
+  chosen = pl.BlockSpec((shape.slots, tile), column)
+  of_piece = pl.BlockSpec((None, rows, LANES), piece)
+  pieces = grid.num_pieces
+  return pl.pallas_call(
+    functools.partial(tpu_forward.kernel, shape=shape),
+    out_shape=[
+      like((top_k, num_tokens), jnp.int32),
+      like((top_k, num_tokens), jnp.float32),
+      like((top_k, num_tokens), jnp.int32),
+      like((top_k, num_tokens), jnp.float32),
+      like((1, num_tokens), jnp.float32),
+      like((pieces, rows, LANES), jnp.int32),
+      like((pieces, rows, LANES), jnp.float32),
+      like((pieces, 2 * SUBLANES, LANES), jnp.float32),
+    ],
+    grid=(grid.num_cores, grid.steps),
+    in_specs=specs,
+    out_specs=[
+      chosen,
+      chosen,
+      chosen,
+      chosen,
+      pl.BlockSpec((1, tile), column),
+      of_piece,
+      of_piece,
+      pl.BlockSpec((None, 2 * SUBLANES, LANES), piece),
+    ],
+    scratch_shapes=tpu_forward.scratch(shape),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "arbitrary")
+    ),
+    cost_estimate=_cost(logits, top_k, passes=1),
+    interpret=interpret,
+    name="topk_routing",
+  )(*arguments)
+
+
+def _shift(
+  experts: Int[Array, "A M"],
+  positions: Int[Array, "A M"],
+  before: Int[Array, "cores E"],
+  *,
+  shape: Shape,
+  grid: Grid,
+  interpret: bool,
+) -> Int[Array, "A M"]:
+  """Adds to positions on a core what the cores before it have placed."""
+  rows, tile = shape.num_tiles * SUBLANES, grid.blocks.tokens
+  # The first core has none before it; all cores share the rest.
+  rest = grid.num_cores * grid.steps - grid.steps
+  block = pl.BlockSpec((shape.slots, tile), lambda i: (0, grid.steps + i))
+  return pl.pallas_call(
+    functools.partial(_shift_kernel, shape=shape),
+    out_shape=_like(positions, positions.shape, jnp.int32),
+    grid=(rest,),
+    in_specs=[
+      block,
+      block,
+      pl.BlockSpec(
+        (None, rows, LANES), lambda i: (1 + jax.lax.div(i, grid.steps), 0, 0)
+      ),
+    ],
+    out_specs=block,
+    input_output_aliases={1: 0},
+    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+    interpret=interpret,
+    name="topk_routing_shift",
+  )(experts, positions, _on_lanes(before, rows))
+
+
+def _shift_kernel(experts_ref, positions_ref, before_ref, out_ref, *, shape):
+  def some_lanes(i, carry):
+    lanes = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
+    for start in range(0, shape.slots, SUBLANES):
+      at = slice(start, start + SUBLANES), lanes
+      before = tpu_forward.at_experts(
+        (
+          before_ref[SUBLANES * t : SUBLANES * (t + 1)]
+          for t in range(shape.num_tiles)
+        ),
+        experts_ref[at],
+      )
+      positions = positions_ref[at]
+      out_ref[at] = jnp.where(positions < 0, positions, positions + before)
+    return carry
+
+  jax.lax.fori_loop(0, experts_ref.shape[1] // LANES, some_lanes, 0)
+
+
+def _backward(
+  residuals: Residuals,
+  grads: Gradients,
+  *,
+  valid,
+  shape: tpu_backward.BackwardShape,
+  grid: Grid,
+  interpret: bool,
+):
+  logits = grid.padded(residuals.logits.T)
+  tile, rows = shape.tokens, shape.num_tiles * SUBLANES
+  column = lambda i: (0, i)  # noqa: E731
+  chosen = pl.BlockSpec((shape.slots, tile), column)
+  all_experts = pl.BlockSpec((_rows(logits), tile), column)
+  one_row = pl.BlockSpec((1, tile), column)
+  arguments = [
+    grads.z.astype(jnp.float32).reshape(1, 1),
+    logits,
+    *([] if valid is None else [valid]),
+    grid.padded(residuals.experts.T),
+    grid.padded(residuals.gates.T),
+    grid.padded(residuals.chosen.T),
+    grid.padded(residuals.logsumexp[None]),
+    grid.padded(grads.gates.astype(jnp.float32).T),
+    _on_lanes(grads.probability.astype(jnp.float32), rows),
+  ]
+  specs = [
+    pl.BlockSpec(memory_space=pltpu.SMEM),
+    all_experts,
+    *([] if valid is None else [one_row]),
+    chosen,
+    chosen,
+    chosen,
+    one_row,
+    chosen,
+    pl.BlockSpec(
+      (None, rows, LANES), lambda i: (jax.lax.div(i, grid.tiles_per_row), 0, 0)
+    ),
+  ]
+  return pl.pallas_call(
+    functools.partial(tpu_backward.kernel, shape=shape),
+    out_shape=_like(logits, logits.shape, logits.dtype),
+    grid=(grid.num_cores * grid.steps,),
+    in_specs=specs,
+    out_specs=all_experts,
+    scratch_shapes=tpu_backward.scratch(shape),
+    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+    cost_estimate=_cost(logits, shape.rule.top_k, passes=2),
+    interpret=interpret,
+    name="topk_routing_gradient",
+  )(*arguments)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid:
+  """How B rows of T tokens are cut into tiles, and tiles dealt to cores.
+
+  A core has its tiles in order, since positions count what came before. A piece
+  is a run of tiles of one core and one row: what counts and sums are given of.
+  """
+
+  row_tokens: int  # T
+  num_rows: int  # B
+  blocks: Blocks
+  num_cores: int
+
+  @classmethod
+  def of(
+    cls, row_tokens: int, num_rows: int, *, blocks: Blocks, num_cores: int
+  ) -> Grid:
+    """The grid with tiles as large as `blocks` says, or as fit a row."""
+    whole = _up(row_tokens, LANES)
+    tile = min(blocks.tokens, whole)
+    if num_rows > 1:
+      while whole % tile:
+        tile -= LANES
+    grid = cls(
+      row_tokens=row_tokens,
+      num_rows=num_rows,
+      blocks=blocks.cut(tile),
+      num_cores=1,
+    )
+    if grid.steps % num_cores == 0:
+      grid = dataclasses.replace(grid, num_cores=num_cores)
+    return grid
+
+  @property
+  def tiles_per_row(self) -> int:
+    """The last one of a single row may be cut off."""
+    return -(-self.row_tokens // self.blocks.tokens)
+
+  @property
+  def steps(self) -> int:
+    """Tiles of a core."""
+    return self.num_rows * self.tiles_per_row // self.num_cores
+
+  @property
+  def steps_per_piece(self) -> int:
+    """Tiles of a piece."""
+    return math.gcd(self.steps, self.tiles_per_row)
+
+  @property
+  def num_pieces(self) -> int:
+    """Of all cores."""
+    return self.num_cores * self.steps // self.steps_per_piece
+
+  @property
+  def is_ragged(self) -> bool:
+    """Whether tiles have lanes without a token."""
+    return self.row_tokens % self.blocks.tokens != 0
+
+  def column(self, core, step):
+    """The block of a step, of an array [rows M]."""
+    return 0, core * self.steps + step
+
+  def padded(self, x: Shaped[Array, "N M"]) -> Shaped[Array, "N padded"]:
+    """With rows of tokens as long as their tiles; a single row as it is."""
+    if self.num_rows == 1 or not self.is_ragged:
+      return x
+    rows = x.reshape(len(x), self.num_rows, self.row_tokens)
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, self._missing))).reshape(
+      len(x), -1
+    )
+
+  def tokens(self, x: Shaped[Array, "N padded"]) -> Shaped[Array, "N M"]:
+    """The inverse of `padded`."""
+    if self.num_rows == 1 or not self.is_ragged:
+      return x
+    rows = x.reshape(len(x), self.num_rows, -1)
+    return rows[:, :, : self.row_tokens].reshape(len(x), -1)
+
+  def valid(self, valid: Bool[Array, "M"] | None) -> Int[Array, "1 padded"]:
+    """1 for tokens that are no padding, in whole tiles."""
+    if valid is None:
+      valid = jnp.ones(self.num_rows * self.row_tokens, bool)
+    rows = valid.reshape(self.num_rows, self.row_tokens).astype(jnp.int32)
+    return jnp.pad(rows, ((0, 0), (0, self._missing))).reshape(1, -1)
+
+  @property
+  def _missing(self) -> int:
+    return self.tiles_per_row * self.blocks.tokens - self.row_tokens
+
+  def by_row(self, pieces: jax.Array) -> jax.Array:
+    """Sums over a row's pieces: [pieces E] -> [B E]."""
+    return pieces.reshape(self.num_rows, -1, pieces.shape[-1]).sum(
+      axis=1, dtype=pieces.dtype
+    )
+
+
+def _up(size: int, multiple: int) -> int:
+  return -(-size // multiple) * multiple
+
+
+def _rows(logits: jax.Array) -> int:
+  """Those of a block with all experts: whole vectors of the logits' width."""
+  return _up(logits.shape[0], SUBLANES * 4 // logits.dtype.itemsize)
+
+
+def _on_lanes(x: jax.Array, rows: int) -> jax.Array:
+  """[*B E] -> [*B rows 128], the same in each lane, zeros below."""
+  widths = [(0, 0)] * (x.ndim - 1) + [(0, rows - x.shape[-1])]
+  padded = jnp.pad(x, widths)
+  return jnp.broadcast_to(padded[..., None], (*padded.shape, LANES))
+
+
+def _like(x: jax.Array, shape, dtype) -> jax.ShapeDtypeStruct:
+  """An output that varies over the mesh axes that `x` varies over."""
+  return jax.ShapeDtypeStruct(
+    shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type
+  )
+
+
+def _cost(logits: jax.Array, top_k: int, *, passes: int) -> pl.CostEstimate:
+  """For the compiler, which can't look into a kernel."""
+  num_experts, num_tokens = logits.shape
+  size = logits.size * logits.dtype.itemsize
+  return pl.CostEstimate(
+    flops=20 * passes * logits.size,
+    transcendentals=passes * logits.size,
+    bytes_accessed=passes * size + 16 * top_k * num_tokens,
+  )

@@ -1,0 +1,333 @@
+"""How long a function takes on a TPU that is not there, by its schedule.
+
+The TPU compiler runs on any machine (`pip install libtpu`). For every fusion
+and every Pallas kernel it can write down the bundles of instructions that a
+core issues, about one a cycle. Each loop's bundles times its trips, summed over
+the program, are a clock without noise:
+
+  clock = tpu_schedule.Clock("v6e:2x2")
+  print(clock.measure(f, jax.ShapeDtypeStruct((8192, 64), jnp.float32)).cycles)
+
+What it does not see: waiting for memory where copies are not hidden behind
+compute, collectives, and which side of a branch is taken, so that both count. A
+loop whose trips do not stand in the code counts once, and is named in
+`Kernel.unknown_loops`.
+
+On chips whose device is two cores (v4, v5p) the cycles are those of one core:
+XLA splits a fusion over both, Mosaic a kernel along a parallel grid dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
+from jax.sharding import SingleDeviceSharding
+
+_FLAGS = (
+  "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+  " --xla_jf_dump_hlo_text=true"
+)
+# NUMBER-NAME-PASS-final_bundles.txt; not the analysis beside it, and not what
+# frames the program.
+_FILE = re.compile(r"\d+-(?P<name>[^<].*)-\d+-final_bundles\.txt")
+_FRAME = "TLP"
+_LINE = re.compile(
+  r"\s*(?:0x[0-9a-f]+|0)\s+(?P<label>[A-Z]{2}[A-Z ]*)?\s*:\s*"
+  r"(?P<depth>>*)\s*\{(?P<code>.*)$"
+)
+_COMMENT = re.compile(r"/\*.*?\*/")
+_GRID = re.compile(r"iteration_bounds: \((?P<sizes>[0-9, ]*)\)")
+_DEFINITION = re.compile(
+  r"(?P<name>%[a-z]+\d+)(?:_[a-z0-9]+)? = (?P<op>[a-z0-9_.]+)(?P<rest>[^;}]*)"
+)
+_PHI = re.compile(r"(%s\d+)(?:_s\d+)? = sphi (%s\d+)\S*, (%s\d+)")
+_NAME = re.compile(r"%[a-z]+\d+")
+# The stages of a pipeline, of copies, are trips of their own.
+_STAGE = re.compile(r"iteration index, stage = (\d+)")
+# Within a loop so many bundles can be marked as of the loop around it, where
+# the scheduler has filled free slots with its instructions.
+_FOREIGN = 4
+# An operand of a vector instruction that was moved to memory for want of a
+# register, and back.
+_SPILL = re.compile(r"v(?:st|ld)[^;]*_spill\]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loop:
+  """Bundles [start, end) of a kernel, run `trips` times."""
+
+  start: int
+  end: int
+  depth: int  # 1 is outermost
+  trips: int | None  # None: not in the code
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel:
+  """A fusion, or a Pallas kernel, of a compiled program."""
+
+  name: str
+  bundles: int
+  cycles: int  # bundles, each times the trips of the loops around it
+  loops: tuple[Loop, ...]
+  spills: int  # vector registers stored to or loaded from memory, inside loops
+
+  @property
+  def unknown_loops(self) -> tuple[Loop, ...]:
+    """Those that are counted once, because their trips are not known."""
+    return tuple(loop for loop in self.loops if loop.trips is None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+  """All kernels of a program, in the order in which they were compiled."""
+
+  kernels: tuple[Kernel, ...]
+  compiled: jax.stages.Compiled | None = None
+
+  @property
+  def cycles(self) -> int:
+    """Of all kernels, one after the other."""
+    return sum(kernel.cycles for kernel in self.kernels)
+
+  @property
+  def is_complete(self) -> bool:
+    """Whether the trips of every loop are known."""
+    return not any(kernel.unknown_loops for kernel in self.kernels)
+
+
+class Clock:
+  """Compiles for a TPU and reads the schedule.
+
+  The compiler reads its flags once in a process, when a topology is first asked
+  for: make the first Clock before anything else does.
+  """
+
+  _folder: pathlib.Path | None = None
+
+  def __init__(self, topology: str):
+    """A clock.
+
+    Args:
+      topology: such as "v5p:2x2x1" or "v6e:2x2"; its first device is taken.
+
+    Raises:
+      RuntimeError: without libtpu, or with flags of another user of it.
+    """
+    folder = Clock._start()
+    try:
+      description = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology
+      )
+    except Exception as error:
+      raise RuntimeError(
+        f"topology={topology!r}: the TPU compiler, of `pip install libtpu`,"
+        f" says: {error}"
+      ) from error
+    self.folder = folder
+    self.device = description.devices[0]
+
+  @classmethod
+  def _start(cls) -> pathlib.Path:
+    if cls._folder is None:
+      given = os.environ.get("LIBTPU_INIT_ARGS", "")
+      if "--xla_jf_dump_to" in given:
+        raise RuntimeError(
+          f"LIBTPU_INIT_ARGS={given!r}: a clock sets --xla_jf_dump_to itself"
+        )
+      cls._folder = pathlib.Path(tempfile.mkdtemp(prefix="tpu_schedule_"))
+      flags = _FLAGS.format(folder=cls._folder)
+      os.environ["LIBTPU_INIT_ARGS"] = f"{given} {flags}".strip()
+      # Without it the compiler asks the network what machine this is; and since
+      # it drives no TPU, another process may have it loaded too.
+      os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+      os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    return cls._folder
+
+  def measure(
+    self,
+    function: Callable[..., Any],
+    *arguments: Any,
+    free_layout: bool = True,
+  ) -> Schedule:
+    """Compiles `function` and reads what the compiler wrote.
+
+    Args:
+      function: to be jitted; or jitted already.
+      *arguments: pytrees of ShapeDtypeStruct or arrays.
+      free_layout: the compiler chooses how arguments and results lie in memory,
+        as it does inside of a larger program. Otherwise they are row-major, and
+        transposing them counts.
+
+    Returns:
+      The schedule, with the compiled program.
+    """
+    for file in self.folder.iterdir():
+      file.unlink()
+    sharding = SingleDeviceSharding(self.device)
+    place = Format(Layout.AUTO, sharding) if free_layout else sharding
+    shapes = jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments
+    )
+    jitted = jax.jit(function, in_shardings=place, out_shardings=place)
+    compiled = jitted.trace(*shapes).lower().compile()
+    return Schedule(kernels=tuple(read(self.folder)), compiled=compiled)
+
+
+def read(folder: pathlib.Path) -> list[Kernel]:
+  """The kernels whose bundles the compiler has written to `folder`."""
+  kernels = []
+  for file in sorted(folder.iterdir()):
+    found = _FILE.fullmatch(file.name)
+    if (
+      found and found["name"] != _FRAME and "schedule-analysis" not in file.name
+    ):
+      text = file.read_text(encoding="utf-8", errors="replace")
+      kernels.append(parse(text, name=found["name"]))
+  return kernels
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bundle:
+  depth: int
+  begins_loop: bool
+  code: str
+
+
+def parse(text: str, *, name: str) -> Kernel:
+  """A kernel from the text of its bundles."""
+  bundles = _bundles(text)
+  loops = _loops(bundles, text)
+  trips = [1] * len(bundles)
+  for loop in loops:
+    for i in range(loop.start, loop.end):
+      trips[i] *= loop.trips or 1
+  return Kernel(
+    name=name,
+    bundles=len(bundles),
+    cycles=sum(trips),
+    loops=tuple(loops),
+    spills=sum(
+      len(_SPILL.findall(bundle.code)) for bundle in bundles if bundle.depth
+    ),
+  )
+
+
+def _bundles(text: str) -> list[_Bundle]:
+  bundles: list[_Bundle] = []
+  for line in text.splitlines():
+    found = _LINE.match(line)
+    if found is None:
+      continue
+    depth = len(found["depth"])
+    # Waiting for a branch, say; such a bundle does not tell its depth.
+    if not _COMMENT.sub("", found["code"]).strip(" }") and bundles:
+      depth = bundles[-1].depth
+    begins = "LB" in (found["label"] or "")
+    bundles.append(_Bundle(depth, begins, found["code"]))
+  return bundles
+
+
+def _loops(bundles: list[_Bundle], text: str) -> list[Loop]:
+  grid = _GRID.search(text)
+  definitions = _definitions(bundles)
+  exits = _exit_tests(definitions)
+  loops = []
+  for start, bundle in enumerate(bundles):
+    if not bundle.begins_loop:
+      continue
+    end = _end(bundles, start)
+    if bundle.depth == 1 and grid is not None:
+      trips = math.prod(int(n) for n in grid["sizes"].split(",") if n.strip())
+    else:
+      trips = _trips(bundles[start:end], definitions, exits)
+    loops.append(Loop(start=start, end=end, depth=bundle.depth, trips=trips))
+  return loops
+
+
+def _end(bundles: list[_Bundle], start: int) -> int:
+  """Where the loop that begins at `start` ends."""
+  depth, end = bundles[start].depth, start + 1
+  for i in range(start + 1, len(bundles)):
+    if bundles[i].begins_loop and bundles[i].depth <= depth:
+      break
+    if bundles[i].depth >= depth:
+      end = i + 1
+    elif i - end >= _FOREIGN:
+      break
+  return end
+
+
+_Definitions = dict[str, tuple[str, list[str]]]
+
+
+def _definitions(bundles: list[_Bundle]) -> _Definitions:
+  """Name -> operation and operands, predicates left out."""
+  definitions = {}
+  for bundle in bundles:
+    for found in _DEFINITION.finditer(_COMMENT.sub("", bundle.code)):
+      # The predicate of an instruction; with a comma in it, it is a choice.
+      rest = re.sub(r"^\s*\([^),]*\),?", "", found["rest"])
+      operands = [operand.strip() for operand in rest.split(",")]
+      definitions[found["name"]] = (found["op"], operands)
+  return definitions
+
+
+def _exit_tests(definitions: _Definitions) -> dict[str, int]:
+  """Counter -> the number at which a comparison says that it is done."""
+  tests = {}
+  for op, operands in definitions.values():
+    if op == "scmp.ge.s32.totalorder" and len(operands) == 2:
+      counter = _NAME.match(operands[0])
+      bound = _constant(operands[1], definitions)
+      if counter is not None and bound is not None:
+        tests[counter.group()] = bound
+  return tests
+
+
+def _constant(operand: str, definitions: _Definitions) -> int | None:
+  """The number that an operand is, through copies of it."""
+  for _ in range(8):
+    if re.fullmatch(r"-?\d+", operand):
+      value = int(operand)
+      return value - 2**32 if value >= 2**31 else value
+    name = _NAME.match(operand)
+    op, operands = definitions.get(name.group() if name else "", ("", []))
+    if op != "smov" or len(operands) != 1:
+      return None
+    operand = operands[0]
+  return None
+
+
+def _trips(
+  body: list[_Bundle], definitions: _Definitions, exits: dict[str, int]
+) -> int | None:
+  """Of a loop that counts up from one number by a second one to a third."""
+  code = ";;".join(bundle.code for bundle in body)
+  for counter, start, following in _PHI.findall(code):
+    op, operands = definitions.get(following, ("", []))
+    if op != "sadd.s32" or not any(o.startswith(counter) for o in operands):
+      continue
+    first = _constant(start, definitions)
+    steps = [_constant(operand, definitions) for operand in operands]
+    step = next((step for step in steps if step is not None), None)
+    if first is None or not step or step < 0:
+      continue
+    for tested in (following, counter):
+      if tested in exits and exits[tested] > first:
+        trips = -(-(exits[tested] - first) // step)
+        stages = [int(stage) for stage in _STAGE.findall(code)]
+        # The last stage, of writing behind, is not named where nothing leaves.
+        behind = max(2, *stages) if stages else 0
+        return max(1, trips - behind)
+  return None

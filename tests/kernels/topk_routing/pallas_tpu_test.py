@@ -1,0 +1,189 @@
+"""The TPU kernel's bodies, interpreted, against loops.
+
+What the chip's compiler makes of them is checked by `make tpu`, as are the
+larger shapes, which take long to interpret.
+"""
+
+from __future__ import annotations
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as of_numpy
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from aquila_jax.kernels.topk_routing import api, pallas_tpu
+from aquila_jax.kernels.topk_routing.pallas_tpu import Grid, PallasTpu
+from aquila_jax.kernels.topk_routing.rule import RoutingRule
+from aquila_jax.kernels.topk_routing.tuning import Blocks
+from tests.kernels.topk_routing.contract import Case, TopkRoutingContract
+from tests.kernels.topk_routing.reference_test import SPECIAL
+
+# One core, and two.
+ONE = PallasTpu(device_kind="TPU v6 lite", interpret=True)
+TWO = PallasTpu(device_kind="TPU v5", interpret=True, blocks=Blocks(tokens=128))
+FAST = {"xla_backend_optimization_level": 0}
+
+
+class TestOneCore(TopkRoutingContract):
+  backend = ONE
+  compiler_options = FAST
+
+  @pytest.mark.parametrize(
+    "case",
+    [
+      # Tokens that fill no tile; padding.
+      Case(num_experts=8, top_k=2, num_tokens=200, has_valid=True),
+      Case(num_experts=7, top_k=3, order="softmax_then_topk", has_bias=True),
+      Case(num_experts=12, top_k=4, dtype=jnp.bfloat16, order="sigmoid"),
+      # More than 64 experts: sets are compared first. More than 8 chosen.
+      Case(num_experts=76, top_k=2, num_tokens=8),
+      Case(num_experts=12, top_k=10, order="sigmoid", has_valid=True),
+    ],
+    ids=str,
+  )
+  def test_outputs_and_gradient(self, case):
+    self.check(case)
+
+
+class TestTwoCores(TopkRoutingContract):
+  backend = TWO
+  compiler_options = FAST
+
+  @pytest.mark.parametrize(
+    "case",
+    [
+      # A row on two cores; rows of two tiles; rows that fill no tile.
+      Case(num_experts=8, top_k=2, num_tokens=512),
+      Case(num_experts=8, top_k=2, num_tokens=512, num_rows=2),
+      Case(
+        num_experts=8,
+        top_k=2,
+        num_tokens=400,
+        num_rows=4,
+        order="softmax_then_topk",
+        renormalise=False,
+        gate_scale=0.5,
+        has_valid=True,
+      ),
+    ],
+    ids=str,
+  )
+  def test_outputs_and_gradient(self, case):
+    self.check(case)
+
+
+_choose = jax.jit(
+  lambda x: api.topk_routing(x, RoutingRule(top_k=3), implementation=ONE),
+  compiler_options=FAST,
+)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+  logits=of_numpy.arrays(
+    np.float32,
+    (9, 11),
+    elements=st.one_of(st.floats(width=32), st.sampled_from(SPECIAL)),
+  )
+)
+def test_the_choice_is_that_of_top_k_whatever_the_logits(logits):
+  found = _choose(jnp.asarray(logits))
+  expected = jax.lax.top_k(jnp.asarray(logits), 3)[1]
+  np.testing.assert_array_equal(found.experts, expected)
+  np.testing.assert_array_equal(
+    found.counts[0], np.bincount(np.asarray(expected).ravel(), minlength=11)
+  )
+
+
+def _loss(logits):
+  found = api.topk_routing(logits, RoutingRule(top_k=2), implementation=ONE)
+  return jnp.sum(found.gates[:, 0]) + jnp.sum(found.probability**2) + found.z
+
+
+def test_vmap_remat_and_shard_map():
+  """Each gives what a call for each batch gives, and its gradient."""
+  logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 4)))
+  logits = logits.astype(jnp.float32)
+  one = jax.jit(jax.value_and_grad(_loss), compiler_options=FAST)
+  pairs = [one(batch) for batch in logits]
+  expected = [jnp.stack(values) for values in zip(*pairs, strict=True)]
+
+  many = jax.jit(
+    jax.vmap(jax.value_and_grad(jax.checkpoint(_loss))), compiler_options=FAST
+  )
+  mesh = Mesh(np.asarray(jax.devices()[:2]), ("data",))
+  sharded = jax.jit(
+    jax.shard_map(
+      lambda x: jax.tree.map(
+        lambda y: y[None], jax.value_and_grad(_loss)(x[0])
+      ),
+      mesh=mesh,
+      in_specs=P("data"),
+      out_specs=P("data"),
+      # The interpreter does not type a body's constants.
+      check_vma=False,
+    ),
+    compiler_options=FAST,
+  )
+  for found in (many(logits), sharded(logits)):
+    for a, b in zip(found, expected, strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+  ("rule", "dtype", "num_experts", "reason"),
+  [
+    (
+      RoutingRule(top_k=2, num_groups=4, top_groups=2),
+      jnp.float32,
+      8,
+      "top_groups=2 of num_groups=4",
+    ),
+    (RoutingRule(top_k=2), jnp.float16, 8, "logits of float16"),
+    (RoutingRule(top_k=2), jnp.float32, 513, "num_experts=513, above 512"),
+  ],
+)
+def test_what_it_cannot_do(rule, dtype, num_experts, reason):
+  logits = jnp.zeros((4, num_experts), dtype)
+  with pytest.raises(NotImplementedError) as caught:
+    api.topk_routing(logits, rule, implementation=ONE)
+  assert str(caught.value) == f"implementation='backend': no {reason}"
+
+
+def test_what_the_kernel_cannot_do_the_reference_does(monkeypatch):
+  monkeypatch.setattr(api, "platform_default", lambda: "pallas_tpu")
+  monkeypatch.setitem(api._BACKENDS, "pallas_tpu", ONE)
+  rule = RoutingRule(top_k=2, num_groups=4, top_groups=2)
+  logits = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8)))
+
+  def calls_kernel(rule):
+    call = lambda x: api.topk_routing(x, rule)  # noqa: E731
+    return "pallas_call" in str(jax.make_jaxpr(call)(logits.astype("float32")))
+
+  assert not calls_kernel(rule)
+  assert calls_kernel(RoutingRule(top_k=2))
+
+
+@pytest.mark.parametrize(
+  ("row_tokens", "num_rows", "num_cores", "expected"),
+  [
+    # tokens a tile, cores, steps a core, steps a piece
+    ((8192), 1, 2, (512, 2, 8, 8)),
+    ((8192), 1, 1, (512, 1, 16, 16)),
+    # Rows longer than a tile, of which 384 is the largest that divides them.
+    ((768), 3, 2, (384, 2, 3, 1)),
+    ((768), 2, 2, (384, 2, 2, 2)),
+    # An odd number of tiles stays on one core.
+    ((100), 3, 2, (128, 1, 3, 1)),
+  ],
+)
+def test_how_tokens_are_cut(row_tokens, num_rows, num_cores, expected):
+  grid = Grid.of(row_tokens, num_rows, blocks=Blocks(), num_cores=num_cores)
+  found = grid.blocks.tokens, grid.num_cores, grid.steps, grid.steps_per_piece
+  assert found == expected
+  assert pallas_tpu.LANES == 128

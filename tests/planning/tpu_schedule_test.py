@@ -1,0 +1,92 @@
+"""The schedule's reader, on text in the compiler's form, counted by hand.
+
+What the compiler itself writes is read by `make tpu`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+
+from aquila_jax.planning import tpu_schedule
+
+# Five bundles outside, a grid of 2 x 4 around 3 bundles and, in it, 4 bundles
+# of a loop from 0 by 2 to 6. One of these is empty, and so does not tell its
+# depth; one has an instruction of the loop around it alone.
+GRID = """\
+LB: loop body
+= control target key end
+
+     0   :  { %s1_s0 = smov 0  ;;  %s2_s1 = smov (!%p9_p9), 0 }
+   0x1   :  { %v1_v0 = vld [vmem:[%s1_s0] sm:$0xff] }
+   0x2   :  {}
+   0x3 LB: > { %s4_s2 = sphi %s1_s0, %s5_s2 /* phi copy :: iteration index */ }
+   0x4 LB: >> { %s6_s3 = sphi %s2_s1, %s7_s3 /* phi copy */  ;;  %s7_s3 = sadd.s32 2, %s6_s3 /* copy */ }
+   0x5   :  {}
+   0x6   : > { %s5_s2 = sadd.s32 1, %s4_s2 }
+   0x7   : >> { %p8_p0 = scmp.ge.s32.totalorder %s7_s3, 6 /* loop exit test */  ;;  %20 = vst [vmem:[#allocation3_spill] sm:$0xff] /*vst_source=*/%v1_v0 }
+   0x8   : > { %v2_v0 = vld [vmem:[#allocation3_spill] sm:$0xff] }
+iteration_bounds: (2, 4)
+   0x9   : > { %p9_p1 = scmp.ge.s32.totalorder %s5_s2, 10 /* loop exit test */ }
+   0xa   :  { %21 = vsyncpa [#allocation3], 1 }
+   0xb   :  { %22 = vsyncpa [#allocation3], 1 }
+"""  # noqa: E501
+
+# A pipeline of 6 trips for 4 tiles, without a line for its grid; and a loop
+# whose bound is read from memory.
+PIPELINE = """\
+     0   :  { %s1_s0 = smov 0 }
+   0x1 LB: > { %s2_s1 = sphi %s1_s0, %s3_s1 /* iteration index, stage = 0 */  ;;  %s3_s1 = sadd.s32 1, %s2_s1 }
+   0x2   : > { %p4_p0 = scmp.ge.s32.totalorder %s3_s1, 6 /* loop exit test */ }
+   0x3   :  { %s9_s5 = sld [smem:[#allocation1]] }
+   0x4   :  { %s9_s6 = smov 0 }
+   0x5   :  { %s9_s7 = smov 0 }
+   0x6   :  { %s9_s8 = smov 0 }
+   0x7   :  { %s9_s9 = smov 0 }
+   0x8 LB: > { %s5_s1 = sphi %s1_s0, %s6_s1  ;;  %s6_s1 = sadd.s32 1, %s5_s1 }
+   0x9   : > { %p7_p0 = scmp.ge.s32.totalorder %s6_s1, %s9_s5 }
+"""  # noqa: E501
+
+
+def test_bundles_count_as_often_as_their_loops_run():
+  kernel = tpu_schedule.parse(GRID, name="f")
+  assert kernel.bundles == 12
+  assert [(loop.depth, loop.trips) for loop in kernel.loops] == [(1, 8), (2, 3)]
+  # Outside 0, 1, 2, a, b; grid 3, 8, 9; inner 4, 5, 6, 7.
+  assert kernel.cycles == 5 + 8 * (3 + 4 * 3)
+  assert kernel.spills == 2
+  assert not kernel.unknown_loops
+
+
+def test_a_pipelines_own_trips_do_not_count_and_unknown_ones_are_named():
+  kernel = tpu_schedule.parse(PIPELINE, name="f")
+  assert [loop.trips for loop in kernel.loops] == [4, None]
+  assert kernel.unknown_loops == kernel.loops[1:]
+  assert kernel.cycles == 6 + 2 * 4 + 2
+  schedule = tpu_schedule.Schedule(kernels=(kernel, kernel))
+  assert schedule.cycles == 2 * kernel.cycles
+  assert not schedule.is_complete
+
+
+def test_only_kernels_are_read(tmp_path: pathlib.Path):
+  for name in (
+    "12-fusion.1-65-final_bundles.txt",
+    "12-fusion.1-64-schedule-analysis_final_bundles.txt",
+    "13-<late-finalization>-68-final_bundles.txt",
+    "14-TLP-73-final_bundles.txt",
+    "15-fusion.1-hlo.txt",
+  ):
+    (tmp_path / name).write_text(GRID, encoding="utf-8")
+  assert [kernel.name for kernel in tpu_schedule.read(tmp_path)] == ["fusion.1"]
+
+
+def test_flags_of_another_user_of_the_compiler_are_refused(monkeypatch):
+  monkeypatch.setattr(tpu_schedule.Clock, "_folder", None)
+  flags = "--xla_jf_dump_to=elsewhere"
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", flags)
+  with pytest.raises(RuntimeError) as error:
+    tpu_schedule.Clock("v6e:2x2")
+  assert str(error.value) == (
+    f"LIBTPU_INIT_ARGS={flags!r}: a clock sets --xla_jf_dump_to itself"
+  )
