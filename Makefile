@@ -12,12 +12,14 @@ VENV := .venv
 BIN := $(VENV)/bin/python
 PARITY := $(VENV)/parity
 PARITY_BIN := $(PARITY)/bin/python
+TPU := $(VENV)/tpu
+TPU_BIN := $(TPU)/bin/python
 PIP := "$(BIN)" -m pip --disable-pip-version-check
 RUN := "$(BIN)" -m aquila_jax.cli.efficient_scale
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart smoke smollm2 smollm2-exact smollm2-trained \
-  reproduce-scale-up reproduce-scale-out test parity lint format typecheck clean
+  reproduce-scale-up reproduce-scale-out test parity tpu lint format typecheck clean
 
 help:
 	@echo "make quickstart   install, fetch the text, run EfficientScale, report"
@@ -28,6 +30,7 @@ help:
 	@echo "make reproduce-scale-out  what upcycling buys, in small: hours"
 	@echo "make test         install and run every test"
 	@echo "make parity       our models against those of transformers, with torch"
+	@echo "make tpu          kernels through the TPU's compiler, which needs no TPU"
 	@echo "make lint         ruff: format and rules     make typecheck  pyright"
 	@echo "make format       ruff: rewrite              make clean      remove .venv"
 	@echo "Variables: PYTHON=$(PYTHON) WORKDIR=$(WORKDIR)"
@@ -109,6 +112,11 @@ parity: $(PARITY)/installed
 	  $(PYTEST_FLAGS) tests/parity
 	@"$(PARITY_BIN)" -m tests.parity.page "$(PARITY)/records.jsonl"
 
+# In an environment of its own, with libtpu: its compiler runs on any machine.
+tpu: $(TPU)/installed
+	@JAX_PLATFORMS=cpu "$(TPU_BIN)" -m pytest -q --confcutdir=tests/tpu \
+	  -o python_files='*_tpu.py' $(PYTEST_FLAGS) tests/tpu
+
 lint: $(VENV)/installed-dev
 	@"$(BIN)" -m ruff format --check .
 	@"$(BIN)" -m ruff check .
@@ -149,6 +157,13 @@ $(PARITY)/installed: $(VENV)/created setup.py
 	@"$(PYTHON)" -m venv "$(PARITY)"
 	@"$(PARITY_BIN)" -m pip --disable-pip-version-check install --quiet \
 	  --editable ".[parity,test]"
+	@touch "$@"
+
+$(TPU)/installed: $(VENV)/created setup.py
+	@echo "Installing aquila_jax[tpu] into $(TPU) (libtpu: a minute) ..."
+	@"$(PYTHON)" -m venv "$(TPU)"
+	@"$(TPU_BIN)" -m pip --disable-pip-version-check install --quiet \
+	  --editable ".[tpu,test]"
 	@touch "$@"
 
 $(VENV)/installed-dev: $(VENV)/installed-test

@@ -84,7 +84,10 @@ setuptools.setup(
   packages=setuptools.find_namespace_packages(
     include=["aquila_jax", "aquila_jax.*"]
   ),
-  package_data={"aquila_jax.evaluation.tasks": ["*.yaml"]},
+  package_data={
+    "aquila_jax.evaluation.tasks": ["*.yaml"],
+    "aquila_jax.kernels.topk_routing": ["*.json"],
+  },
   install_requires=_DEPENDENCIES,
   extras_require=_EXTRAS,
   classifiers=[

@@ -239,7 +239,10 @@ def _bundles(text: str) -> list[_Bundle]:
 
 
 def _loops(bundles: list[_Bundle], text: str) -> list[Loop]:
-  grid = _GRID.search(text)
+  found = _GRID.search(text)
+  sizes = found["sizes"].split(",") if found else []
+  # A grid of one has no loop, and loops inside of it are outermost.
+  grid = math.prod(int(size) for size in sizes if size.strip())
   definitions = _definitions(bundles)
   exits = _exit_tests(definitions)
   loops = []
@@ -247,8 +250,8 @@ def _loops(bundles: list[_Bundle], text: str) -> list[Loop]:
     if not bundle.begins_loop:
       continue
     end = _end(bundles, start)
-    if bundle.depth == 1 and grid is not None:
-      trips = math.prod(int(n) for n in grid["sizes"].split(",") if n.strip())
+    if bundle.depth == 1 and grid > 1:
+      trips = grid
     else:
       trips = _trips(bundles[start:end], definitions, exits)
     loops.append(Loop(start=start, end=end, depth=bundle.depth, trips=trips))

@@ -59,6 +59,12 @@ def test_bundles_count_as_often_as_their_loops_run():
   assert not kernel.unknown_loops
 
 
+def test_loops_in_a_grid_of_one_are_outermost():
+  text = GRID.replace("(2, 4)", "(1, 1)").replace("0x3 LB: >", "0x3   :")
+  kernel = tpu_schedule.parse(text.replace(">>", ">"), name="f")
+  assert [(loop.depth, loop.trips) for loop in kernel.loops] == [(1, 3)]
+
+
 def test_a_pipelines_own_trips_do_not_count_and_unknown_ones_are_named():
   kernel = tpu_schedule.parse(PIPELINE, name="f")
   assert [loop.trips for loop in kernel.loops] == [4, None]

@@ -2,22 +2,29 @@
 
 Experts lie on sublanes and tokens on lanes: eight experts fill a vector, and
 reductions over experts are cheap. XLA lays router logits out so by itself, so
-that nothing is transposed.
+that nothing is transposed. Few experts have kernels of their own
+(few_experts.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
-from aquila_jax.kernels.topk_routing import tpu_backward, tpu_forward, tuning
+from aquila_jax.kernels.topk_routing import (
+  few_experts,
+  tpu_backward,
+  tpu_few,
+  tpu_forward,
+  tuning,
+)
+from aquila_jax.kernels.topk_routing.grid import Grid, cost, like
 from aquila_jax.kernels.topk_routing.lanes import LANES, SUBLANES
 from aquila_jax.kernels.topk_routing.rule import (
   Gradients,
@@ -29,6 +36,8 @@ from aquila_jax.kernels.topk_routing.tpu_forward import Shape
 from aquila_jax.kernels.topk_routing.tuning import Blocks
 
 _MOST_EXPERTS = 512
+# Their compiler has no gather along sublanes.
+_WITHOUT_GATHER = ("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +55,8 @@ class PallasTpu:
     """A reason, or None."""
     if self.device_kind is None and jax.default_backend() != "tpu":
       return f"TPU, but {jax.default_backend()}"
+    if self._kind in _WITHOUT_GATHER:
+      return f"kernel for {self._kind}"
     if rule.limits_groups:
       return f"top_groups={rule.top_groups} of num_groups={rule.num_groups}"
     if dtype not in (jnp.float32, jnp.bfloat16):
@@ -66,6 +77,15 @@ class PallasTpu:
     """See api.topk_routing."""
     num_tokens, num_experts = logits.shape
     grid = self._grid(num_tokens, num_experts, rule, num_rows)
+    if few_experts.suits(rule, num_experts, grid.row_tokens):
+      return few_experts.forward(
+        logits,
+        rule,
+        bias=bias,
+        valid=valid,
+        grid=grid,
+        interpret=self.interpret,
+      )
     shape = Shape(
       rule=rule,
       num_experts=num_experts,
@@ -124,6 +144,10 @@ class PallasTpu:
     """See reference.backward."""
     num_tokens, num_experts = residuals.logits.shape
     grid = self._grid(num_tokens, num_experts, rule, grads.probability.shape[0])
+    if few_experts.suits(rule, num_experts, grid.row_tokens):
+      return few_experts.backward(
+        residuals, grads, rule, grid=grid, interpret=self.interpret
+      )
     is_padded = residuals.valid is not None or grid.is_ragged
     grad = _backward(
       residuals,
@@ -141,18 +165,25 @@ class PallasTpu:
     )
     return grid.tokens(grad).T
 
+  @property
+  def _kind(self) -> str:
+    return self.device_kind or jax.devices()[0].device_kind
+
   def _grid(
     self, num_tokens: int, num_experts: int, rule: RoutingRule, num_rows: int
   ) -> Grid:
-    kind = self.device_kind or jax.devices()[0].device_kind
+    kind = self._kind
     blocks = self.blocks or tuning.blocks(
       kind, num_experts=num_experts, top_k=rule.top_k
     )
+    row_tokens = num_tokens // num_rows
+    is_few = few_experts.suits(rule, num_experts, row_tokens)
     return Grid.of(
-      num_tokens // num_rows,
+      row_tokens,
       num_rows,
       blocks=blocks,
       num_cores=tuning.num_cores(kind),
+      unit=tpu_few.UNIT if is_few else LANES,
     )
 
 
@@ -160,7 +191,7 @@ def _forward(logits, *, bias, valid, shape: Shape, grid: Grid, interpret: bool):
   num_experts, num_tokens = logits.shape
   top_k, tile = shape.rule.top_k, grid.blocks.tokens
   rows = shape.num_tiles * SUBLANES
-  like = functools.partial(_like, logits)
+  out = functools.partial(like, logits)
   column = grid.column
   piece = lambda core, step: (  # noqa: E731
     jax.lax.div(core * grid.steps + step, grid.steps_per_piece),
@@ -180,14 +211,14 @@ def _forward(logits, *, bias, valid, shape: Shape, grid: Grid, interpret: bool):
   return pl.pallas_call(
     functools.partial(tpu_forward.kernel, shape=shape),
     out_shape=[
-      like((top_k, num_tokens), jnp.int32),
-      like((top_k, num_tokens), jnp.float32),
-      like((top_k, num_tokens), jnp.int32),
-      like((top_k, num_tokens), jnp.float32),
-      like((1, num_tokens), jnp.float32),
-      like((pieces, rows, LANES), jnp.int32),
-      like((pieces, rows, LANES), jnp.float32),
-      like((pieces, 2 * SUBLANES, LANES), jnp.float32),
+      out((top_k, num_tokens), jnp.int32),
+      out((top_k, num_tokens), jnp.float32),
+      out((top_k, num_tokens), jnp.int32),
+      out((top_k, num_tokens), jnp.float32),
+      out((1, num_tokens), jnp.float32),
+      out((pieces, rows, LANES), jnp.int32),
+      out((pieces, rows, LANES), jnp.float32),
+      out((pieces, 2 * SUBLANES, LANES), jnp.float32),
     ],
     grid=(grid.num_cores, grid.steps),
     in_specs=specs,
@@ -205,7 +236,7 @@ def _forward(logits, *, bias, valid, shape: Shape, grid: Grid, interpret: bool):
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary")
     ),
-    cost_estimate=_cost(logits, top_k, passes=1),
+    cost_estimate=cost(logits, passes=1),
     interpret=interpret,
     name="topk_routing",
   )(*arguments)
@@ -227,7 +258,7 @@ def _shift(
   block = pl.BlockSpec((shape.slots, tile), lambda i: (0, grid.steps + i))
   return pl.pallas_call(
     functools.partial(_shift_kernel, shape=shape),
-    out_shape=_like(positions, positions.shape, jnp.int32),
+    out_shape=like(positions, positions.shape, jnp.int32),
     grid=(rest,),
     in_specs=[
       block,
@@ -304,121 +335,22 @@ def _backward(
   ]
   return pl.pallas_call(
     functools.partial(tpu_backward.kernel, shape=shape),
-    out_shape=_like(logits, logits.shape, logits.dtype),
+    out_shape=like(logits, logits.shape, logits.dtype),
     grid=(grid.num_cores * grid.steps,),
     in_specs=specs,
     out_specs=all_experts,
     scratch_shapes=tpu_backward.scratch(shape),
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-    cost_estimate=_cost(logits, shape.rule.top_k, passes=2),
+    cost_estimate=cost(logits, passes=2),
     interpret=interpret,
     name="topk_routing_gradient",
   )(*arguments)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Grid:
-  """How B rows of T tokens are cut into tiles, and tiles dealt to cores.
-
-  A core has its tiles in order, since positions count what came before. A piece
-  is a run of tiles of one core and one row: what counts and sums are given of.
-  """
-
-  row_tokens: int  # T
-  num_rows: int  # B
-  blocks: Blocks
-  num_cores: int
-
-  @classmethod
-  def of(
-    cls, row_tokens: int, num_rows: int, *, blocks: Blocks, num_cores: int
-  ) -> Grid:
-    """The grid with tiles as large as `blocks` says, or as fit a row."""
-    whole = _up(row_tokens, LANES)
-    tile = min(blocks.tokens, whole)
-    if num_rows > 1:
-      while whole % tile:
-        tile -= LANES
-    grid = cls(
-      row_tokens=row_tokens,
-      num_rows=num_rows,
-      blocks=blocks.cut(tile),
-      num_cores=1,
-    )
-    if grid.steps % num_cores == 0:
-      grid = dataclasses.replace(grid, num_cores=num_cores)
-    return grid
-
-  @property
-  def tiles_per_row(self) -> int:
-    """The last one of a single row may be cut off."""
-    return -(-self.row_tokens // self.blocks.tokens)
-
-  @property
-  def steps(self) -> int:
-    """Tiles of a core."""
-    return self.num_rows * self.tiles_per_row // self.num_cores
-
-  @property
-  def steps_per_piece(self) -> int:
-    """Tiles of a piece."""
-    return math.gcd(self.steps, self.tiles_per_row)
-
-  @property
-  def num_pieces(self) -> int:
-    """Of all cores."""
-    return self.num_cores * self.steps // self.steps_per_piece
-
-  @property
-  def is_ragged(self) -> bool:
-    """Whether tiles have lanes without a token."""
-    return self.row_tokens % self.blocks.tokens != 0
-
-  def column(self, core, step):
-    """The block of a step, of an array [rows M]."""
-    return 0, core * self.steps + step
-
-  def padded(self, x: Shaped[Array, "N M"]) -> Shaped[Array, "N padded"]:
-    """With rows of tokens as long as their tiles; a single row as it is."""
-    if self.num_rows == 1 or not self.is_ragged:
-      return x
-    rows = x.reshape(len(x), self.num_rows, self.row_tokens)
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, self._missing))).reshape(
-      len(x), -1
-    )
-
-  def tokens(self, x: Shaped[Array, "N padded"]) -> Shaped[Array, "N M"]:
-    """The inverse of `padded`."""
-    if self.num_rows == 1 or not self.is_ragged:
-      return x
-    rows = x.reshape(len(x), self.num_rows, -1)
-    return rows[:, :, : self.row_tokens].reshape(len(x), -1)
-
-  def valid(self, valid: Bool[Array, "M"] | None) -> Int[Array, "1 padded"]:
-    """1 for tokens that are no padding, in whole tiles."""
-    if valid is None:
-      valid = jnp.ones(self.num_rows * self.row_tokens, bool)
-    rows = valid.reshape(self.num_rows, self.row_tokens).astype(jnp.int32)
-    return jnp.pad(rows, ((0, 0), (0, self._missing))).reshape(1, -1)
-
-  @property
-  def _missing(self) -> int:
-    return self.tiles_per_row * self.blocks.tokens - self.row_tokens
-
-  def by_row(self, pieces: jax.Array) -> jax.Array:
-    """Sums over a row's pieces: [pieces E] -> [B E]."""
-    return pieces.reshape(self.num_rows, -1, pieces.shape[-1]).sum(
-      axis=1, dtype=pieces.dtype
-    )
-
-
-def _up(size: int, multiple: int) -> int:
-  return -(-size // multiple) * multiple
-
-
 def _rows(logits: jax.Array) -> int:
   """Those of a block with all experts: whole vectors of the logits' width."""
-  return _up(logits.shape[0], SUBLANES * 4 // logits.dtype.itemsize)
+  whole = SUBLANES * 4 // logits.dtype.itemsize
+  return -(-logits.shape[0] // whole) * whole
 
 
 def _on_lanes(x: jax.Array, rows: int) -> jax.Array:
@@ -426,21 +358,3 @@ def _on_lanes(x: jax.Array, rows: int) -> jax.Array:
   widths = [(0, 0)] * (x.ndim - 1) + [(0, rows - x.shape[-1])]
   padded = jnp.pad(x, widths)
   return jnp.broadcast_to(padded[..., None], (*padded.shape, LANES))
-
-
-def _like(x: jax.Array, shape, dtype) -> jax.ShapeDtypeStruct:
-  """An output that varies over the mesh axes that `x` varies over."""
-  return jax.ShapeDtypeStruct(
-    shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type
-  )
-
-
-def _cost(logits: jax.Array, top_k: int, *, passes: int) -> pl.CostEstimate:
-  """For the compiler, which can't look into a kernel."""
-  num_experts, num_tokens = logits.shape
-  size = logits.size * logits.dtype.itemsize
-  return pl.CostEstimate(
-    flops=20 * passes * logits.size,
-    transcendentals=passes * logits.size,
-    bytes_accessed=passes * size + 16 * top_k * num_tokens,
-  )

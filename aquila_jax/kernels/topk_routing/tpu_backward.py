@@ -154,25 +154,34 @@ def _everywhere(ref, shape: BackwardShape, lanes, everywhere, logsumexp):
 def _add_at_chosen(ref, shape: BackwardShape, lanes) -> None:
   sublane = vec.rows(shape.width)
 
-  def add(j):
-    row = pl.ds(j, 1)
-    ahead = jnp.broadcast_to(ref.experts[row, lanes], sublane.shape) - sublane
-    value = jnp.broadcast_to(ref.at_chosen[row, lanes], sublane.shape)
-    return ahead, value
+  def eight(start, count):
+    """Where they are, less the sublane, and what to add there."""
+    here = pl.ds(start, SUBLANES)
+    experts, values = ref.experts[here, lanes], ref.at_chosen[here, lanes]
+    return [
+      (
+        jnp.broadcast_to(experts[j : j + 1], sublane.shape) - sublane,
+        jnp.broadcast_to(values[j : j + 1], sublane.shape),
+      )
+      for j in range(count)
+    ]
 
-  if shape.rule.top_k <= SUBLANES:
-    slots = [add(j) for j in range(shape.rule.top_k)]
+  def add(slots):
     for t in range(shape.num_tiles):
       extra = jnp.zeros(sublane.shape, jnp.float32)
       for ahead, value in slots:
         extra = jnp.where(ahead == SUBLANES * t, value, extra)
       ref.x[_tile(t), lanes] += extra
-    return
 
-  def one(j, carry):
-    ahead, value = add(j)
-    for t in range(shape.num_tiles):
-      ref.x[_tile(t), lanes] += jnp.where(ahead == SUBLANES * t, value, 0.0)
-    return carry
+  whole, rest = divmod(shape.rule.top_k, SUBLANES)
+  if whole == 1:
+    add(eight(0, SUBLANES))
+  elif whole > 1:
 
-  jax.lax.fori_loop(0, shape.rule.top_k, one, 0)
+    def one(i, carry):
+      add(eight(pl.multiple_of(i * SUBLANES, SUBLANES), SUBLANES))
+      return carry
+
+    jax.lax.fori_loop(0, whole, one, 0)
+  if rest:
+    add(eight(whole * SUBLANES, rest))

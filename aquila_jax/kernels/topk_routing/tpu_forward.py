@@ -222,13 +222,16 @@ def _compare(ref: Refs, shape: Shape, at: _At) -> None:
   """Keys; and where there are many tiles, the best of every set of them."""
   if ref.bias is not None and shape.rule.order == "softmax_then_topk":
     ref.logsumexp[:, at.lanes] = _logsumexp(ref, shape, at)
-  ranked = list(_keys(ref, shape, at))
-  if shape.tiles_per_set == 1:
-    return
-  for s in range(shape.num_sets):
-    first = s * shape.tiles_per_set
-    best = vec.best_of(ranked[first : first + shape.tiles_per_set])
-    ref.best_keys[at.tile(s)], ref.best_experts[at.tile(s)] = best
+  best, members = None, 0
+  for t, ranked in enumerate(_keys(ref, shape, at)):
+    # One after the other, so that few vectors are in use at a time.
+    best = ranked if best is None else vec.best_of([best, ranked])
+    members += 1
+    if members == shape.tiles_per_set or t == shape.num_tiles - 1:
+      if shape.tiles_per_set > 1:
+        number = at.tile(t // shape.tiles_per_set)
+        ref.best_keys[number], ref.best_experts[number] = best
+      best, members = None, 0
 
 
 def _logsumexp(ref: Refs, shape: Shape, at: _At) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The TPU kernel's bodies, interpreted, against loops.
+"""The TPU kernels' bodies, interpreted, against loops.
 
 What the chip's compiler makes of them is checked by `make tpu`, as are the
 larger shapes, which take long to interpret.
@@ -16,8 +16,9 @@ from hypothesis.extra import numpy as of_numpy
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from aquila_jax.kernels.topk_routing import api, pallas_tpu
-from aquila_jax.kernels.topk_routing.pallas_tpu import Grid, PallasTpu
+from aquila_jax.kernels.topk_routing import api
+from aquila_jax.kernels.topk_routing.grid import Grid
+from aquila_jax.kernels.topk_routing.pallas_tpu import PallasTpu
 from aquila_jax.kernels.topk_routing.rule import RoutingRule
 from aquila_jax.kernels.topk_routing.tuning import Blocks
 from tests.kernels.topk_routing.contract import Case, TopkRoutingContract
@@ -75,6 +76,52 @@ class TestTwoCores(TopkRoutingContract):
   )
   def test_outputs_and_gradient(self, case):
     self.check(case)
+
+
+class TestFewExperts(TopkRoutingContract):
+  """Rows of whole vectors of 1,024 tokens: the kernels of tpu_few.py."""
+
+  backend = ONE
+  compiler_options = FAST
+
+  @pytest.mark.parametrize(
+    "case",
+    [
+      Case(
+        num_experts=7,
+        top_k=3,
+        num_tokens=1024,
+        order="sigmoid",
+        gate_scale=2.5,
+        has_bias=True,
+        has_valid=True,
+      ),
+      Case(
+        num_experts=9,
+        top_k=2,
+        num_tokens=1024,
+        dtype=jnp.bfloat16,
+        order="softmax_then_topk",
+        renormalise=False,
+        has_bias=True,
+      ),
+    ],
+    ids=str,
+  )
+  def test_outputs_and_gradient(self, case):
+    self.check(case)
+
+
+class TestFewExpertsOnTwoCores(TopkRoutingContract):
+  backend = PallasTpu(
+    device_kind="TPU v5", interpret=True, blocks=Blocks(tokens=1024)
+  )
+  compiler_options = FAST
+
+  def test_outputs_and_gradient(self):
+    self.check(
+      Case(num_experts=8, top_k=2, num_tokens=4096, num_rows=2, has_valid=True)
+    )
 
 
 _choose = jax.jit(
@@ -155,6 +202,14 @@ def test_what_it_cannot_do(rule, dtype, num_experts, reason):
   assert str(caught.value) == f"implementation='backend': no {reason}"
 
 
+def test_old_chips_are_named():
+  backend = PallasTpu(device_kind="TPU v4")
+  with pytest.raises(NotImplementedError, match="no kernel for TPU v4$"):
+    api.topk_routing(
+      jnp.zeros((4, 8)), RoutingRule(top_k=2), implementation=backend
+    )
+
+
 def test_what_the_kernel_cannot_do_the_reference_does(monkeypatch):
   monkeypatch.setattr(api, "platform_default", lambda: "pallas_tpu")
   monkeypatch.setitem(api._BACKENDS, "pallas_tpu", ONE)
@@ -173,17 +228,18 @@ def test_what_the_kernel_cannot_do_the_reference_does(monkeypatch):
   ("row_tokens", "num_rows", "num_cores", "expected"),
   [
     # tokens a tile, cores, steps a core, steps a piece
-    ((8192), 1, 2, (512, 2, 8, 8)),
-    ((8192), 1, 1, (512, 1, 16, 16)),
+    (8192, 1, 2, (512, 2, 8, 8)),
+    (8192, 1, 1, (512, 1, 16, 16)),
     # Rows longer than a tile, of which 384 is the largest that divides them.
-    ((768), 3, 2, (384, 2, 3, 1)),
-    ((768), 2, 2, (384, 2, 2, 2)),
+    (768, 3, 2, (384, 2, 3, 1)),
+    (768, 2, 2, (384, 2, 2, 2)),
+    # No tile is larger than a core's share.
+    (512, 1, 2, (256, 2, 1, 1)),
     # An odd number of tiles stays on one core.
-    ((100), 3, 2, (128, 1, 3, 1)),
+    (100, 3, 2, (128, 1, 3, 1)),
   ],
 )
 def test_how_tokens_are_cut(row_tokens, num_rows, num_cores, expected):
   grid = Grid.of(row_tokens, num_rows, blocks=Blocks(), num_cores=num_cores)
   found = grid.blocks.tokens, grid.num_cores, grid.steps, grid.steps_per_piece
   assert found == expected
-  assert pallas_tpu.LANES == 128
