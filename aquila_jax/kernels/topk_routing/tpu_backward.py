@@ -31,6 +31,11 @@ class BackwardShape:
     return -(-self.num_experts // SUBLANES)
 
   @property
+  def is_sigmoid(self) -> bool:
+    """Whether probabilities are not the softmax."""
+    return self.rule.order == "sigmoid"
+
+  @property
   def slots(self) -> int:
     """The chosen experts of a token, rounded up to whole vectors."""
     return -(-self.rule.top_k // SUBLANES) * SUBLANES
@@ -52,34 +57,52 @@ class Refs:
     self.probability_grad = next(left)  # float [E 128], the same in each lane
     self.logits_grad = next(left)  # float [E T]; output
     self.at_chosen = next(left)  # float [slots T]
-    self.x = next(left)  # float [E T]; logits in float32, then their gradient
+    self.everywhere = next(left)  # float [8 T]; the same in each row
+    self.mean = next(left)  # float [8 T]; likewise
+    self.scale = next(left)  # float [8 T]; scores to probabilities
+    self.p = next(left)  # float [E T]; softmax, and then the gradient
+    self.scores = next(left) if shape.is_sigmoid else self.p  # float [E T]
     assert not list(left)
 
 
 def scratch(shape: BackwardShape) -> list[Any]:
   """VMEM for what lies between the phases."""
   rows = shape.num_tiles * SUBLANES
+  all_experts = pltpu.VMEM((rows, shape.tokens), jnp.float32)
+  vector = pltpu.VMEM((SUBLANES, shape.tokens), jnp.float32)
   return [
     pltpu.VMEM((shape.slots, shape.tokens), jnp.float32),
-    pltpu.VMEM((rows, shape.tokens), jnp.float32),
+    vector,
+    vector,
+    vector,
+    all_experts,
+    *([all_experts] if shape.is_sigmoid else []),
   ]
 
 
 def kernel(*refs, shape: BackwardShape) -> None:
-  """One tile of tokens."""
+  """One tile of tokens.
+
+  Two loops: in one, all experts' softmax would stay in registers.
+  """
   ref = Refs(shape, refs)
+  for body in (_means, _gradients):
 
-  def one(i, carry):
-    start = pl.multiple_of(i * shape.width, LANES)
-    _some_lanes(ref, shape, pl.ds(start, shape.width))
-    return carry
+    def one(i, carry, body=body):
+      start = pl.multiple_of(i * shape.width, LANES)
+      body(ref, shape, pl.ds(start, shape.width))
+      return carry
 
-  jax.lax.fori_loop(0, shape.tokens // shape.width, one, 0)
+    jax.lax.fori_loop(0, shape.tokens // shape.width, one, 0)
 
 
-def _some_lanes(ref: Refs, shape: BackwardShape, lanes) -> None:
+def _tile(t: int) -> slice:
+  return slice(SUBLANES * t, SUBLANES * (t + 1))
+
+
+def _means(ref: Refs, shape: BackwardShape, lanes) -> None:
+  """What all logits of a token have in common, and their softmax."""
   size = (SUBLANES, shape.width)
-  scoring = shape.rule.scoring
   logsumexp = ref.logsumexp[:, lanes]
   slot = jax.lax.broadcasted_iota(jnp.int32, (shape.slots, shape.width), 0)
   used = slot < shape.rule.top_k
@@ -87,68 +110,68 @@ def _some_lanes(ref: Refs, shape: BackwardShape, lanes) -> None:
   def chosen(values):
     return jnp.where(used, values[:, lanes], 0.0)
 
-  at_chosen, everywhere = scoring.gate_gradients(
+  at_chosen, everywhere = shape.rule.scoring.gate_gradients(
     chosen(ref.gates),
     chosen(ref.gates_grad),
     chosen=chosen(ref.chosen),
     axis=0,
   )
   everywhere = everywhere + 2 * ref.z_grad[0, 0] * logsumexp
-  everywhere = jnp.broadcast_to(everywhere, size)
-  logsumexp = jnp.broadcast_to(logsumexp, size)
+  ref.everywhere[:, lanes] = jnp.broadcast_to(everywhere, size)
   ref.at_chosen[:, lanes] = at_chosen
-  ref.x[:, lanes] = ref.logits[:, lanes].astype(jnp.float32)
-  _everywhere(ref, shape, lanes, everywhere, logsumexp)
-  _add_at_chosen(ref, shape, lanes)
-  grad = ref.x[:, lanes]
-  if ref.valid is not None:
-    grad = jnp.where(ref.valid[:, lanes] > 0, grad, 0.0)
-  ref.logits_grad[:, lanes] = grad.astype(ref.logits_grad.dtype)
-
-
-def _tile(t: int) -> slice:
-  return slice(SUBLANES * t, SUBLANES * (t + 1))
-
-
-def _everywhere(ref, shape: BackwardShape, lanes, everywhere, logsumexp):
-  """What every logit gets, in the place of the logits."""
-  copies = shape.width // LANES
-
-  def of(t):
-    """Softmax, score, and the score's derivative over itself."""
-    x = ref.x[_tile(t), lanes]
+  logsumexp = jnp.broadcast_to(logsumexp, size)
+  mean, total = jnp.zeros(size, jnp.float32), jnp.zeros(size, jnp.float32)
+  for t, x in enumerate(_logits(ref, shape, lanes)):
     p = jnp.exp(x - logsumexp)
-    row = vec.rows(shape.width) + SUBLANES * t
-    if SUBLANES * (t + 1) > shape.num_experts:
-      p = jnp.where(row < shape.num_experts, p, 0.0)
-    if shape.rule.order != "sigmoid":
-      return p, p, jnp.ones_like(p)
-    score = jax.nn.sigmoid(x)
-    if SUBLANES * (t + 1) > shape.num_experts:
-      score = jnp.where(row < shape.num_experts, score, 0.0)
-    return p, score, 1 - score
-
-  mean = jnp.zeros_like(logsumexp)
-  total = jnp.zeros_like(logsumexp)
-  for t in range(shape.num_tiles):
-    _, probability, _ = of(t)
-    grad = jnp.concatenate([ref.probability_grad[_tile(t)]] * copies, axis=1)
-    mean = mean + probability * grad
-    total = total + probability
+    ref.p[_tile(t), lanes] = p
+    score = p
+    if shape.is_sigmoid:
+      score = jax.nn.sigmoid(x)
+      ref.scores[_tile(t), lanes] = score
+      total = total + score
+    mean = mean + score * _probability_grad(ref, shape, t)
   mean = vec.over_sublanes(jnp.add, mean)
-  scale = None
-  if shape.rule.order == "sigmoid":
+  if shape.is_sigmoid:
     total = vec.over_sublanes(jnp.add, total)
     scale = 1 / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     mean = mean * scale
+    # Probabilities are the scores times the scale, which stays where it is.
+    ref.scale[:, lanes] = scale
+  ref.mean[:, lanes] = mean
+
+
+def _logits(ref: Refs, shape: BackwardShape, lanes):
+  """Tile by tile in float32; -inf below the last expert."""
+  x = ref.logits[:, lanes].astype(jnp.float32)
   for t in range(shape.num_tiles):
-    p, probability, slope = of(t)
-    grad = jnp.concatenate([ref.probability_grad[_tile(t)]] * copies, axis=1)
-    if scale is None:
-      out = p * (everywhere + grad - mean)
+    tile = x[_tile(t)]
+    if SUBLANES * (t + 1) > shape.num_experts:
+      row = vec.rows(shape.width) + SUBLANES * t
+      tile = jnp.where(row < shape.num_experts, tile, -jnp.inf)
+    yield tile
+
+
+def _probability_grad(ref: Refs, shape: BackwardShape, t: int) -> jax.Array:
+  copies = shape.width // LANES
+  return jnp.concatenate([ref.probability_grad[_tile(t)]] * copies, axis=1)
+
+
+def _gradients(ref: Refs, shape: BackwardShape, lanes) -> None:
+  everywhere, mean = ref.everywhere[:, lanes], ref.mean[:, lanes]
+  for t in range(shape.num_tiles):
+    p, grad = ref.p[_tile(t), lanes], _probability_grad(ref, shape, t)
+    if shape.is_sigmoid:
+      score = ref.scores[_tile(t), lanes]
+      scaled = score * ref.scale[:, lanes]
+      out = p * everywhere + scaled * (1 - score) * (grad - mean)
     else:
-      out = p * everywhere + probability * scale * slope * (grad - mean)
-    ref.x[_tile(t), lanes] = out
+      out = p * (everywhere - mean + grad)
+    ref.p[_tile(t), lanes] = out
+  _add_at_chosen(ref, shape, lanes)
+  grad = ref.p[: ref.logits_grad.shape[0], lanes]
+  if ref.valid is not None:
+    grad = jnp.where(ref.valid[:, lanes] > 0, grad, 0.0)
+  ref.logits_grad[: grad.shape[0], lanes] = grad.astype(ref.logits_grad.dtype)
 
 
 def _add_at_chosen(ref, shape: BackwardShape, lanes) -> None:
@@ -171,7 +194,7 @@ def _add_at_chosen(ref, shape: BackwardShape, lanes) -> None:
       extra = jnp.zeros(sublane.shape, jnp.float32)
       for ahead, value in slots:
         extra = jnp.where(ahead == SUBLANES * t, value, extra)
-      ref.x[_tile(t), lanes] += extra
+      ref.p[_tile(t), lanes] += extra
 
   whole, rest = divmod(shape.rule.top_k, SUBLANES)
   if whole == 1:

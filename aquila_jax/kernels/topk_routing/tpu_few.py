@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from aquila_jax.kernels.topk_routing import lanes as vec
 from aquila_jax.kernels.topk_routing.lanes import LANES, SUBLANES
 from aquila_jax.kernels.topk_routing.rule import RoutingRule
+from aquila_jax.kernels.topk_routing.tpu_forward import triangle
 
 # The most experts, and chosen ones, of a token.
 MOST = 16
@@ -113,12 +114,19 @@ class ForwardRefs:
     self.probability = next(left)  # float [E 8 128]
     self.scalars = next(left)  # float [2 8 128]; z and entropy
     self.ranks = next(left)  # float [E 8 128]; assignments so far, of the core
+    self.triangle = next(left)  # bfloat16 [128 256]
+    self.above = next(left)  # bfloat16 [16 E, 8 E]
     assert not list(left)
 
 
 def scratch(shape: FewShape) -> list[Any]:
   """VMEM from one tile to the next."""
-  return [pltpu.VMEM((shape.num_experts, SUBLANES, LANES), jnp.float32)]
+  rows = SUBLANES * shape.num_experts
+  return [
+    pltpu.VMEM((shape.num_experts, SUBLANES, LANES), jnp.float32),
+    pltpu.VMEM((LANES, 2 * LANES), jnp.bfloat16),
+    pltpu.VMEM((2 * rows, rows), jnp.bfloat16),
+  ]
 
 
 def forward(*refs, shape: FewShape) -> None:
@@ -130,6 +138,8 @@ def forward(*refs, shape: FewShape) -> None:
   @pl.when(step == 0)
   def _():
     ref.ranks[...] = jnp.zeros_like(ref.ranks)
+    ref.triangle[...] = triangle()
+    ref.above[...] = _sublanes(shape.num_experts)
 
   @pl.when(in_piece == 0)
   def _():
@@ -263,10 +273,10 @@ def _place(ref: ForwardRefs, shape: FewShape, unit) -> None:
     chosen.append(jnp.where(is_chosen, 1.0, 0.0))
   flat = jnp.concatenate(chosen).astype(jnp.bfloat16)
   along = jnp.dot(
-    flat, _triangle(), preferred_element_type=jnp.float32
+    flat, ref.triangle[...], preferred_element_type=jnp.float32
   )  # [8 E, 256]; earlier on the sublane, and all of it
   down = jnp.dot(
-    _sublanes(num_experts),
+    ref.above[...],
     # At most 128, which bfloat16 has exactly.
     along[:, LANES:].astype(jnp.bfloat16),
     preferred_element_type=jnp.float32,
@@ -283,14 +293,6 @@ def _place(ref: ForwardRefs, shape: FewShape, unit) -> None:
     if valid is not None:
       positions = jnp.where(valid, positions, -1)
     ref.positions.store(j, unit, positions)
-
-
-def _triangle() -> jax.Array:
-  """[128 256]: ones above the diagonal, and beside them ones alone."""
-  size = (LANES, 2 * LANES)
-  row = jax.lax.broadcasted_iota(jnp.int32, size, 0)
-  column = jax.lax.broadcasted_iota(jnp.int32, size, 1)
-  return jnp.where(row < column, 1.0, 0.0).astype(jnp.bfloat16)
 
 
 def _sublanes(num_experts: int) -> jax.Array:

@@ -88,6 +88,8 @@ class Refs:
     self.best_experts = next(left)  # int [max(slots, 64) T]
     self.exps = next(left)  # float [E T]
     self.ranks = next(left)  # float [E 128]; assignments so far, of the core
+    self.triangle = next(left)  # bfloat16 [128 256]
+    self.inverse = next(left)  # float [1 T]; 1 over the sum of `exps`
     assert not list(left)
 
 
@@ -103,6 +105,8 @@ def scratch(shape: Shape) -> list[Any]:
     pltpu.VMEM((kept, tokens), jnp.int32),
     pltpu.VMEM((rows, tokens), jnp.float32),
     pltpu.VMEM((rows, LANES), jnp.float32),
+    pltpu.VMEM((LANES, 2 * LANES), jnp.bfloat16),
+    pltpu.VMEM((1, tokens), jnp.float32),
   ]
 
 
@@ -114,6 +118,7 @@ def kernel(*refs, shape: Shape) -> None:
   @pl.when(step == 0)
   def _():
     ref.ranks[...] = jnp.zeros_like(ref.ranks)
+    ref.triangle[...] = triangle()
 
   in_piece = jax.lax.rem(step, shape.steps_per_piece)
 
@@ -132,6 +137,7 @@ def kernel(*refs, shape: Shape) -> None:
     if shape.tiles_per_set > 1:
       _over(blocks, blocks.choose, lambda at: _choose_again(ref, shape, at))
   _over(blocks, blocks.sums, lambda at: _sums(ref, shape, at))
+  _over(blocks, blocks.sums, lambda at: _add_probability(ref, shape, at))
   _over(blocks, blocks.place, lambda at: _place(ref, shape, at))
 
   @pl.when(in_piece == shape.steps_per_piece - 1)
@@ -396,13 +402,19 @@ def _sums(ref: Refs, shape: Shape, at: _At) -> None:
     square = jnp.where(valid, square, 0.0)
   ref.scalars[:SUBLANES] += vec.lane_sums(square)
   ref.scalars[SUBLANES:] += vec.lane_sums(entropy)
-  inverse = 1 / total
+  ref.inverse[:, at.lanes] = (1 / total)[:1]
+  _gates(ref, shape, at, logsumexp[:1])
+
+
+def _add_probability(ref: Refs, shape: Shape, at: _At) -> None:
+  """A loop of its own: else all of `exps` would stay in registers."""
+  valid = _valid(ref, at)
+  inverse = jnp.broadcast_to(ref.inverse[:, at.lanes], (SUBLANES, at.width))
   for t in range(shape.num_tiles):
     probability = ref.exps[at.tile(t)] * inverse
     if valid is not None:
       probability = jnp.where(valid, probability, 0.0)
     ref.probability[at.tile(t)[0], :] += vec.lane_sums(probability)
-  _gates(ref, shape, at, logsumexp[:1])
 
 
 def _largest(ref: Refs, shape: Shape, at: _At) -> jax.Array:
@@ -472,11 +484,9 @@ def _place(ref: Refs, shape: Shape, at: _At) -> None:
   left chose the same. float32 adds ones exactly.
   """
   chosen = jnp.concatenate(_chosen_by(ref, shape, at)).astype(jnp.bfloat16)
-  triangle = _triangle()
+  ones = ref.triangle[...]
   inside = [
-    jnp.dot(
-      chosen[:, i : i + LANES], triangle, preferred_element_type=jnp.float32
-    )
+    jnp.dot(chosen[:, i : i + LANES], ones, preferred_element_type=jnp.float32)
     for i in range(0, at.width, LANES)
   ]
 
@@ -540,7 +550,7 @@ def _chosen_by(ref: Refs, shape: Shape, at: _At) -> list[jax.Array]:
   return chosen
 
 
-def _triangle() -> jax.Array:
+def triangle() -> jax.Array:
   """[128 256]: ones above the diagonal, and beside them ones alone."""
   size = (LANES, 2 * LANES)
   row = jax.lax.broadcasted_iota(jnp.int32, size, 0)
