@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from aquila_jax.core import axes, dtypes
 from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.layers.linear import project
 
 
 class Embedding(nn.Module):
@@ -33,11 +34,10 @@ class Embedding(nn.Module):
 
   def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """The tied LM head: float32 logits x E^T."""
-    return jnp.einsum(
-      "BTD,VD->BTV",
+    return project(
       x,
-      self.table.astype(x.dtype),
-      preferred_element_type=dtypes.at_least_float32(x.dtype),
+      self.table.astype(x.dtype).T,  # (V, D) -> (D, V)
+      out_dtype=dtypes.at_least_float32(x.dtype),
     )
 
 
@@ -58,9 +58,8 @@ class LMHead(nn.Module):
       (config.embed_dim, config.vocab_size),
       jnp.dtype(config.param_dtype),
     )
-    return jnp.einsum(
-      "BTD,DV->BTV",
+    return project(
       x,
       kernel.astype(x.dtype),
-      preferred_element_type=dtypes.at_least_float32(x.dtype),
+      out_dtype=dtypes.at_least_float32(x.dtype),
     )

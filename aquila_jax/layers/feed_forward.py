@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from aquila_jax.core import axes
 from aquila_jax.core.axes import Axis
 from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.layers.linear import project
 
 # The kernels of one FFN and their axes. A mixture has the same three names with
 # an `expert` axis in front, so that Scale-Out is: this leaf gains that axis.
@@ -87,6 +88,5 @@ class FeedForward(nn.Module):
     )
     kernels = (gate, up, mask_rows(down, mask))
     gate, up, down = (kernel.astype(x.dtype) for kernel in kernels)
-    hidden = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x, gate))
-    hidden = hidden * jnp.einsum("BTD,DF->BTF", x, up)
-    return jnp.einsum("BTF,FD->BTD", hidden, down)
+    hidden = jax.nn.silu(project(x, gate)) * project(x, up)
+    return project(hidden, down)
