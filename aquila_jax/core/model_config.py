@@ -10,6 +10,7 @@ from aquila_jax.core.config import require
 RouterOrder = Literal["topk_then_softmax", "softmax_then_topk", "sigmoid"]
 LayerPattern = Literal["all", "every_second", "last_half"]
 Dtype = Literal["float32", "bfloat16", "float64"]
+AttentionImplementation = Literal["xla", "chunked", "splash", "cudnn"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -304,6 +305,9 @@ class ModelConfig:
   growth_mask: GrowthMask | None = None
   # What the backward pass recomputes: nothing, all but matmuls, everything.
   remat: Literal["none", "dots", "full"] = "none"
+  # What computes attention without a cache (kernels/attention/api.py); None
+  # chooses by platform. One that is named is refused where it cannot.
+  attention_implementation: AttentionImplementation | None = None
   param_dtype: Dtype = "float32"
   compute_dtype: Dtype = "bfloat16"
 

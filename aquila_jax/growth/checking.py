@@ -130,7 +130,12 @@ def watch_ffn_inputs(model: ReadModel, rows: Rows, watch: Watch) -> None:
 
 def _wide(config: ModelConfig) -> ModelConfig:
   wide = np.dtype(dtypes.at_least_float32(jnp.dtype(config.param_dtype)))
-  return dataclasses.replace(config, compute_dtype=wide.name, remat="none")
+  return dataclasses.replace(
+    config,
+    compute_dtype=wide.name,
+    remat="none",
+    attention_implementation=None,
+  )
 
 
 def _run(

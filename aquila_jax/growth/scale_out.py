@@ -413,6 +413,7 @@ _MAY_DIFFER = (
   "context_length",
   "init_std",
   "remat",
+  "attention_implementation",
   "param_dtype",
   "compute_dtype",
 )

@@ -42,6 +42,7 @@ _FREE = (
   "context_length",
   "init_std",
   "remat",
+  "attention_implementation",
   "param_dtype",
   "compute_dtype",
 )

@@ -102,6 +102,7 @@ def in_float32(stored: StoredModel) -> tuple[ModelConfig, Params]:
     config,
     moe=moe,
     remat="none",
+    attention_implementation=None,
     param_dtype="float32",
     compute_dtype="float32",
   )

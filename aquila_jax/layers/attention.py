@@ -11,8 +11,16 @@ from jaxtyping import Array, Bool, Float, Int
 from aquila_jax.core import axes, dtypes
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.types import Leaf
+from aquila_jax.kernels.attention import api
+from aquila_jax.kernels.attention.mesh_axes import MeshAxes
+from aquila_jax.kernels.attention.reference import attend, causal_mask
 from aquila_jax.layers import rotary
 from aquila_jax.layers.norm import RMSNorm
+from aquila_jax.sharding.mesh import BATCH_AXES
+from aquila_jax.sharding.rules import STORAGE
+
+# Kernels that the compiler cannot divide are told how heads lie.
+_MESH_AXES = MeshAxes(rows=BATCH_AXES, kv_heads=(STORAGE["kv_head"],))
 
 
 class KVCache(struct.PyTreeNode):
@@ -25,58 +33,6 @@ class KVCache(struct.PyTreeNode):
   value: Leaf  # float [*L B K S H]
   segments: Leaf  # int [*L B S]
   length: Leaf  # int [*L]; slots filled
-
-
-def causal_mask(
-  query_segments: Int[Array, "B T"],
-  key_segments: Int[Array, "B S"],
-  *,
-  offset: Int[Array, ""] | int = 0,
-  window: int | None = None,
-) -> Bool[Array, "B T S"]:
-  """Query t may see key s iff s <= t + offset and both are of one document.
-
-  Packed documents so never attend across their borders. Segment 0, padding,
-  sees its own padding and nothing else, which keeps its softmax defined.
-
-  Args:
-    query_segments: the document number of every query token.
-    key_segments: the same of every key token.
-    offset: the slot of query token 0 among the keys.
-    window: how many slots back a query sees, its own among them; None is all.
-
-  Returns:
-    True where attention is allowed.
-  """
-  num_queries, num_keys = query_segments.shape[1], key_segments.shape[1]
-  query_slot = jnp.arange(num_queries)[:, None] + offset
-  key_slot = jnp.arange(num_keys)[None, :]
-  past = key_slot <= query_slot
-  if window is not None:
-    past &= key_slot > query_slot - window
-  same = query_segments[:, :, None] == key_segments[:, None, :]
-  return past[None] & same
-
-
-def attend(
-  query: Float[Array, "B T K G H"],
-  key: Float[Array, "B S K H"],
-  value: Float[Array, "B S K H"],
-  *,
-  mask: Bool[Array, "B T S"],
-) -> Float[Array, "B T K G H"]:
-  """softmax(q k^T / sqrt(H)) v; logits and softmax in float32.
-
-  Heads stay group-major, [K, G], as the kernels have them.
-  """
-  scale = query.shape[-1] ** -0.5
-  dtype = dtypes.at_least_float32(query.dtype)
-  logits = jnp.einsum(
-    "BTKGH,BSKH->BKGTS", query * scale, key, preferred_element_type=dtype
-  )
-  logits = jnp.where(mask[:, None, None], logits, jnp.finfo(dtype).min)
-  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-  return jnp.einsum("BKGTS,BSKH->BTKGH", weights, value)
 
 
 def attend_to_cache(
@@ -146,8 +102,18 @@ class Attention(nn.Module):
     )
     query, key = rotary.rotate(query, tables), rotary.rotate(key, tables)
     if cache is None:
-      mask = causal_mask(segments, segments, window=config.sliding_window)
-      heads = attend(query, key, value, mask=mask)
+      heads = api.causal_attention(
+        query,
+        key,
+        value,
+        segments=segments,
+        window=config.sliding_window,
+        # Shapes are all that counts then, and the row may be of any length.
+        implementation="xla"
+        if self.is_initializing()
+        else config.attention_implementation,
+        mesh_axes=_MESH_AXES,
+      )
     else:
       mask_offset = cache.length
       cache = _append(cache, key=key, value=value, segments=segments)

@@ -37,7 +37,14 @@ from aquila_jax.sharding.rules import param_shardings
 from aquila_jax.training.inputs import prepared_input
 
 # What a MODEL may be trained with other than it was made with.
-_FREE = ("context_length", "init_std", "remat", "param_dtype", "compute_dtype")
+_FREE = (
+  "context_length",
+  "init_std",
+  "remat",
+  "attention_implementation",
+  "param_dtype",
+  "compute_dtype",
+)
 # And what a stage does not set but takes from the MODEL.
 _TAKEN = ("growth_mask",)
 

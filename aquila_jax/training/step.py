@@ -210,8 +210,15 @@ def jit_train_step(
     A `jax.jit` function; the state it is given is consumed.
   """
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+
+  @functools.wraps(train_step)
+  def on_mesh(state, batch):
+    # For kernels that the compiler cannot divide, which do it by shard_map.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return train_step(state, batch)
+
   return jax.jit(
-    train_step,
+    on_mesh,
     donate_argnums=0,
     in_shardings=(shardings, jax.tree.map(lambda x: x.sharding, batch)),
     # Metrics are small and replicated.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -17,7 +18,8 @@ from aquila_jax.core.model_config import (
   Llama3RopeScaling,
   ModelConfig,
 )
-from aquila_jax.layers import attention, rotary
+from aquila_jax.kernels.attention import chunked
+from aquila_jax.layers import rotary
 from aquila_jax.layers.attention import Attention, KVCache
 
 
@@ -45,62 +47,6 @@ SEGMENTS = np.array([[1, 1, 1, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
 POSITIONS = np.array([[0, 1, 2, 0, 1, 0, 0, 0], [0, 1, 2, 3, 4, 5, 6, 7]])
 
 
-def test_mask_is_causal_within_documents():
-  mask = attention.causal_mask(
-    jnp.asarray([[1, 1, 2, 2, 0]]), jnp.asarray([[1, 1, 2, 2, 0]])
-  )
-  expected = [
-    [1, 0, 0, 0, 0],
-    [1, 1, 0, 0, 0],
-    [0, 0, 1, 0, 0],
-    [0, 0, 1, 1, 0],
-    [0, 0, 0, 0, 1],
-  ]
-  np.testing.assert_array_equal(mask[0], np.array(expected, bool))
-
-
-def test_mask_with_an_offset_sees_the_slots_before():
-  mask = attention.causal_mask(
-    jnp.asarray([[1, 1]]), jnp.asarray([[1, 2, 1, 1, 0]]), offset=2
-  )
-  expected = [[1, 0, 1, 0, 0], [1, 0, 1, 1, 0]]
-  np.testing.assert_array_equal(mask[0], np.array(expected, bool))
-
-
-def test_mask_of_a_window_sees_so_many_slots_back():
-  segments = jnp.asarray([[1, 1, 1, 1, 2, 2, 2]])
-  mask = attention.causal_mask(segments, segments, window=3)
-  expected = [
-    [1, 0, 0, 0, 0, 0, 0],
-    [1, 1, 0, 0, 0, 0, 0],
-    [1, 1, 1, 0, 0, 0, 0],
-    [0, 1, 1, 1, 0, 0, 0],
-    # The second document's window ends at its border.
-    [0, 0, 0, 0, 1, 0, 0],
-    [0, 0, 0, 0, 1, 1, 0],
-    [0, 0, 0, 0, 1, 1, 1],
-  ]
-  np.testing.assert_array_equal(mask[0], np.array(expected, bool))
-  own = attention.causal_mask(segments, segments, window=1)
-  np.testing.assert_array_equal(own[0], np.eye(7, dtype=bool))
-  for window in (7, 100):
-    np.testing.assert_array_equal(
-      attention.causal_mask(segments, segments, window=window),
-      attention.causal_mask(segments, segments),
-    )
-
-
-def test_mask_of_a_window_counts_from_the_offset():
-  mask = attention.causal_mask(
-    jnp.asarray([[1, 1]]),
-    jnp.asarray([[1, 1, 1, 1, 1, 0]]),
-    offset=3,
-    window=2,
-  )
-  expected = [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0]]
-  np.testing.assert_array_equal(mask[0], np.array(expected, bool))
-
-
 def _attend_by_loops(query, key, value, mask, *, xp=np):
   """softmax(q k / sqrt(H)) v, one query and one key at a time; [B T N H]."""
   rows = []
@@ -112,37 +58,6 @@ def _attend_by_loops(query, key, value, mask, *, xp=np):
     weights = weights / xp.sum(weights)
     rows.append(weights @ xp.stack([value[b, s, group] for s in seen]))
   return xp.stack(rows).reshape(query.shape)
-
-
-def test_attend_and_its_gradients_equal_loops_over_heads_and_keys():
-  query, key, value, weights = (
-    jnp.asarray(_normal(0, (1, 4, 4, 6))),  # T = 4, N = 4 heads, group-major
-    jnp.asarray(_normal(1, (1, 4, 2, 6))),
-    jnp.asarray(_normal(2, (1, 4, 2, 6))),
-    jnp.asarray(_normal(3, (1, 4, 4, 6))),
-  )
-  segments = np.array([[1, 1, 1, 2]])
-  mask = segments[:, :, None] == segments[:, None, :]
-  mask &= np.tril(np.ones((4, 4), bool))
-
-  def fast(query, key, value):
-    grouped = query.reshape(1, 4, 2, 2, 6)  # N -> (K, G)
-    out = attention.attend(grouped, key, value, mask=jnp.asarray(mask))
-    return out.reshape(1, 4, 4, 6)
-
-  def slow(query, key, value):
-    return _attend_by_loops(query, key, value, mask, xp=jnp)
-
-  arguments = (query, key, value)
-  np.testing.assert_allclose(fast(*arguments), slow(*arguments), atol=2e-6)
-  fast_grads, slow_grads = (
-    jax.grad(lambda *a, f=f: jnp.sum(weights * f(*a)), argnums=(0, 1, 2))(
-      *arguments
-    )
-    for f in (fast, slow)
-  )
-  for found, expected in zip(fast_grads, slow_grads, strict=True):
-    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @functools.cache
@@ -394,15 +309,41 @@ def _assert_cached_equals_whole(config, params, x, *, steps):
   )
 
 
-def test_half_precision_logits_are_float32():
-  query, key = jnp.ones((1, 2, 1, 1, 4)), jnp.ones((1, 2, 1, 4))
-  args = [a.astype(jnp.bfloat16) for a in (query, key, key)]
-  mask = jnp.ones((1, 2, 2), bool)
-  jaxpr = jax.make_jaxpr(functools.partial(attention.attend, mask=mask))(*args)
-  products = [
-    e.outvars[0].aval.dtype
-    for e in jaxpr.jaxpr.eqns
-    if e.primitive.name == "dot_general"
-  ]
-  assert products[0] == jnp.float32
-  assert jaxpr.out_avals[0].dtype == jnp.bfloat16
+@pytest.mark.parametrize("window", [None, 2])
+def test_the_implementation_named_is_the_one_that_computes(monkeypatch, window):
+  config, params, _, x = _layer(sliding_window=window)
+  called = []
+  original = chunked.causal_attention
+
+  def watched(*args, **options):
+    called.append(options["window"])
+    return original(*args, **options)
+
+  monkeypatch.setattr(chunked, "causal_attention", watched)
+
+  def run(name):
+    named = dataclasses.replace(config, attention_implementation=name)
+    return _run(named, params, x, segments=SEGMENTS, positions=POSITIONS)[0]
+
+  whole = run(None)
+  np.testing.assert_array_equal(run("xla"), whole)
+  assert called == []
+  # Sums of up to 8 terms, of some tens: 8 * 30 * 2^-24 = 1.4e-5.
+  np.testing.assert_allclose(run("chunked"), whole, rtol=0, atol=1.4e-5)
+  assert called == [window]
+  with pytest.raises(NotImplementedError) as error:
+    run("splash")
+  reason = "implementation='splash' needs a TPU; this is cpu"
+  assert str(error.value).splitlines()[0] == reason
+
+
+def test_parameters_are_made_whatever_the_implementation():
+  """The row of `init` is no multiple of a kernel's block."""
+  config = _config(attention_implementation="splash")
+  variables = Attention(config).init(
+    jax.random.key(0),
+    jnp.zeros((2, 8, 6)),
+    positions=jnp.asarray(POSITIONS),
+    segments=jnp.asarray(SEGMENTS),
+  )
+  assert set(variables["params"]) >= {"query_kernel", "out_kernel"}

@@ -16,6 +16,7 @@ from aquila_jax.core.experiment_config import (
   OptimizerConfig,
 )
 from aquila_jax.core.moments import get_moments
+from aquila_jax.kernels.attention import api as attention_api
 from aquila_jax.models import decoder_lm
 from aquila_jax.sharding.mesh import make_mesh
 from aquila_jax.training import inputs, losses
@@ -353,3 +354,21 @@ def test_half_precision_parameters_keep_their_dtype(tiny):
   assert {leaf.dtype.name for leaf in jax.tree.leaves(like.params)} == {
     "bfloat16"
   }
+
+
+def test_kernels_in_the_step_see_the_mesh(monkeypatch, tiny, run):
+  """Those that the compiler cannot divide need it."""
+  seen = []
+  original = attention_api.causal_attention
+
+  def watched(*args, **options):
+    seen.append(dict(jax.sharding.get_abstract_mesh().shape))
+    return original(*args, **options)
+
+  monkeypatch.setattr(attention_api, "causal_attention", watched)
+  mesh = make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
+  run(tiny.config(), mesh=mesh)
+  of_step = [shape for shape in seen if shape]  # and of making parameters
+  assert of_step
+  for shape in of_step:
+    assert shape == dict(mesh.shape)
