@@ -39,9 +39,10 @@ def causal_attention(
 
   `None` is, in this order, what can take the call: splash on TPUs, cudnn on
   GPUs, xla for rows of up to 512 tokens, chunked. With backward, on two CPU
-  cores, chunked takes half to a third of the time of xla from 512 tokens on,
-  and at 2,048 a seventh of the memory (benchmarks/results/attention_memory.json
-  has it at 8,192, on TPUs too).
+  cores, chunked took about half of the time of xla at 512 tokens and two fifths
+  from 1,024 to 4,096; xla stays below so that short rows keep their rounding.
+  Memory at 2,048 and 8,192 tokens, on TPUs too, is in
+  benchmarks/results/attention_memory.json.
 
   Args:
     query: K groups of G heads a token.
