@@ -17,6 +17,8 @@ from aquila_jax.kernels.attention.mesh_axes import UNDIVIDED, MeshAxes
 _NAMES: tuple[AttentionImplementation, ...]
 _NAMES = ("xla", "chunked", "splash", "cudnn")
 _PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
+# Those that None may choose there.
+_CHOSEN = ("splash",)
 # Longer rows are chunked where no kernel takes them.
 LONGEST_WHOLE = 512
 
@@ -37,11 +39,13 @@ def causal_attention(
   s > t - window. Softmax is at least in float32. Among backends results differ
   by rounding.
 
-  `None` is, in this order, what can take the call: splash on TPUs, cudnn on
-  GPUs, xla for rows of up to 512 tokens, chunked. With backward, on two CPU
-  cores, chunked takes half to a third of the time of xla from 512 tokens on,
-  and at 2,048 a seventh of the memory (benchmarks/results/attention_memory.json
-  has it at 8,192, on TPUs too).
+  `None` is, in this order, what can take the call: splash on TPUs, xla for rows
+  of up to 512 tokens, chunked. cudnn has not run on a GPU yet, and is by name.
+  With backward, on two CPU cores, chunked took about half of the time of xla at
+  512 tokens and two fifths from 1,024 to 4,096; xla stays below so that short
+  rows keep their rounding.
+  Memory at 2,048 and 8,192 tokens, on TPUs too, is in
+  benchmarks/results/attention_memory.json.
 
   Args:
     query: K groups of G heads a token.
@@ -80,7 +84,7 @@ def _choose(
   reason = ""
   chosen = "xla" if query.shape[1] <= LONGEST_WHOLE else "chunked"
   for name in _NAMES:
-    if _PLATFORMS.get(name) == platform:
+    if name in _CHOSEN and _PLATFORMS.get(name) == platform:
       try:
         _check(name, query, mesh_axes=mesh_axes)
         chosen = name

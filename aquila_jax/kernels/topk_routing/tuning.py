@@ -9,6 +9,8 @@ import math
 import pathlib
 
 _LANES = 128
+# Of a tile: what every phase's arrays fit beside in the smallest VMEM, v5e's.
+_MOST_LOGITS = 2**19
 _TABLE = pathlib.Path(__file__).with_name("tuned.json")
 
 
@@ -55,7 +57,11 @@ def blocks(device_kind: str, *, num_experts: int, top_k: int) -> Blocks:
     chosen = math.log(row["top_k"] / top_k)
     return row["device_kind"] != device_kind, abs(experts) + abs(chosen)
 
-  return Blocks(**min(_table(), key=distance)["blocks"])
+  found = Blocks(**min(_table(), key=distance)["blocks"])
+  # A smaller shape's tile of more experts may not fit in VMEM.
+  rows = -(-num_experts // 8) * 8
+  most = max(_LANES, _MOST_LOGITS // rows // _LANES * _LANES)
+  return found.cut(min(found.tokens, most))
 
 
 def num_cores(device_kind: str) -> int:
