@@ -15,27 +15,17 @@ import time
 from typing import Any
 from unittest import mock
 
-import jax
-import jax.numpy as jnp
 from absl import app, flags
 
 from aquila_jax.core.experiment_config import (
-  MeshConfig,
   OptimizerConfig,
   TrainConfig,
 )
 from aquila_jax.core.model_config import ModelConfig, MoeConfig
-from aquila_jax.core.types import Batch
 from aquila_jax.kernels.expert_ffn import api
-from aquila_jax.models import decoder_lm
 from aquila_jax.planning import counting
-from aquila_jax.sharding.mesh import make_mesh
-from aquila_jax.training import state as state_lib
-from aquila_jax.training import step as step_lib
-from aquila_jax.training.balance import initial_weights
-from aquila_jax.training.freezing import trainable_masks
-from aquila_jax.training.optimizers import learning_rate, make_optimizer
 from benchmarks import gpu_clock
+from benchmarks.training_step import compiled_step
 
 _OUTPUT = flags.DEFINE_string("output", None, "A JSON file to write.")
 _SMALL = flags.DEFINE_bool("small", False, "Tiny shapes: does it run?")
@@ -80,78 +70,19 @@ def _cases(dense: ModelConfig) -> list[tuple[str, ModelConfig, str]]:
   ]
 
 
-def _batch(config: TrainConfig, *, vocab_size: int) -> Batch:
-  shape = (config.batch_size, config.sequence_length)
-  tokens = jax.random.randint(jax.random.key(1), shape, 0, vocab_size)
-  positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
-  return Batch(
-    tokens=tokens,
-    targets=jnp.roll(tokens, -1, axis=1),
-    weights=jnp.ones(shape, jnp.float32),
-    segments=jnp.ones(shape, jnp.int32),
-    positions=positions,
-    languages=jnp.zeros(shape, jnp.int32),
-  )
-
-
-def _step(model: ModelConfig, config: TrainConfig) -> tuple[Any, Any, Batch]:
-  """The compiled step, a state and a batch."""
-  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-  axes = decoder_lm.parameter_axes(model)
-  shapes = decoder_lm.abstract_params(model)
-  optimizer = make_optimizer(config.optimizer, axes)
-  like = state_lib.abstract_state(
-    shapes,
-    optimizer=optimizer,
-    axes=axes,
-    mesh=mesh,
-    keep_ema=False,
-    balance_weights=initial_weights(config.loss, model),
-  )
-  batch_like = step_lib.abstract_batch(config, mesh=mesh)
-  train_step = step_lib.make_train_step(
-    config,
-    model=model,
-    optimizer=optimizer,
-    schedule=learning_rate(config.optimizer, config.steps),
-    masks=trainable_masks(
-      config.freeze, axes=axes, shapes=shapes, new_indices=None
-    ),
-    num_languages=1,
-  )
-  compiled = (
-    step_lib.jit_train_step(train_step, state=like, batch=batch_like, mesh=mesh)
-    .lower(like, batch_like)
-    .compile()
-  )
-  state = state_lib.place_initial(
-    state_lib.InitialModel(
-      params=decoder_lm.init_params(model, key=jax.random.key(0))
-    ),
-    optimizer=optimizer,
-    like=like,
-    balance_weights=initial_weights(config.loss, model),
-  )
-  batch = jax.tree.map(
-    lambda x, like: jax.device_put(x, like.sharding),
-    _batch(config, vocab_size=model.vocab_size),
-    batch_like,
-  )
-  return compiled, state, batch
-
-
 def _measure(model: ModelConfig, config: TrainConfig) -> Row:
   started = time.perf_counter()
-  compiled, state, batch = _step(model, config)
+  step = compiled_step(model, config)
+  state = step.state
   metrics: Any
-  state, metrics = compiled(state, batch)
+  state, metrics = step.call(state, step.batch)
   first = last = float(metrics.loss)
   compile_s = time.perf_counter() - started
   times = []
   for _ in range(3):
     started = time.perf_counter()
     for _ in range(_STEPS):
-      state, metrics = compiled(state, batch)
+      state, metrics = step.call(state, step.batch)
     last = float(metrics.loss)
     times.append((time.perf_counter() - started) / _STEPS)
   step_s = sorted(times)[1]
@@ -164,7 +95,7 @@ def _measure(model: ModelConfig, config: TrainConfig) -> Row:
     step_ms=1e3 * step_s,
     tokens_per_s=tokens / step_s,
     flops_per_s=flops / step_s,
-    temporaries_gib=gpu_clock.temporaries(compiled),
+    temporaries_gib=gpu_clock.temporaries(step.call),
     compile_s=compile_s,
     loss_first=first,
     loss_last=last,

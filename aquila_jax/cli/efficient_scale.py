@@ -13,6 +13,7 @@ from absl import flags
 from etils import epath
 
 from aquila_jax.cli import app, config_door
+from aquila_jax.core.allocator import keep_freed_memory
 from aquila_jax.evaluation.summary import summary_table
 from aquila_jax.pipeline.context import say_on_stderr
 from aquila_jax.pipeline.run import run_pipeline
@@ -25,6 +26,7 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def main() -> None:
+  keep_freed_memory()
   experiment = config_door.load(_CONFIG)
   enable_compilation_cache()
   workdir = epath.Path(_WORKDIR.value).expanduser()

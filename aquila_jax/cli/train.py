@@ -17,6 +17,7 @@ from etils import epath
 
 from aquila_jax.cli import app, config_door, model_flags
 from aquila_jax.core import errors
+from aquila_jax.core.allocator import keep_freed_memory
 from aquila_jax.core.experiment_config import ExperimentConfig, Load
 from aquila_jax.pipeline import budget, records
 from aquila_jax.pipeline.context import make_context, say_on_stderr
@@ -49,6 +50,7 @@ _SAVE_OPTIMIZER = flags.DEFINE_bool(
 
 
 def main() -> None:
+  keep_freed_memory()
   experiment = config_door.load(_CONFIG)
   name = model_flags.stage_name(experiment, _STAGE.value)
   experiment = _with_init_from(experiment, name)

@@ -5,6 +5,10 @@ one is new pages, each of which the system has to clear: reading slices of
 117 MB through TensorStore took 0.21 s each on 2 CPU cores, and 0.06 s with
 memory that is kept. Resident memory then stays at its peak until it is released
 or the process ends.
+
+A training step on a CPU has its temporaries in one such block. Of 30 M
+parameters it took 171,000 page faults and 2.3 s of processor time, and none and
+2.0 s with memory that is kept (benchmarks/train_step_cpu.py has both).
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ _LARGEST = 2**30
 def keep_freed_memory() -> bool:
   """Tells glibc to keep what is freed; elsewhere it does nothing.
 
-  It is for a whole process, so that only commands call it, and as they start.
+  It is for a whole process, so that only commands call it, and as they start:
+  what XLA's threads take before has blocks of its own, which are not kept.
 
   Returns:
     Whether the allocator took it.
