@@ -125,8 +125,8 @@ def usage(
   """The share of the assignments that each expert gets."""
   assert config.moe is not None
   found = affinity(x, params, config=config)
-  met = make_choice(config.moe).dispatch(found, num_rows=1).meetings().assigned
-  counts = np.asarray(met, np.float64).sum(0)
+  _, sums = make_choice(config.moe).dispatch(found, num_rows=1)
+  counts = np.asarray(sums.counts[0], np.float64)
   return counts / counts.sum()
 
 

@@ -184,7 +184,7 @@ def _first_half(config, params, x, positions, segments, share, masks):
 def _routed(config, params, tokens, segments):
   router: Any = Router(config, config.moe)
   affinity = router.apply({"params": params}, tokens, valid=segments > 0)
-  plan = make_choice(config.moe).dispatch(affinity, num_rows=1)
+  plan, _ = make_choice(config.moe).dispatch(affinity, num_rows=1)
   return plan, plan.gather(tokens)
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from aquila_jax.kernels.topk_routing import tpu_few
-from aquila_jax.kernels.topk_routing.grid import Grid, cost, like
+from aquila_jax.kernels.topk_routing.grid import Grid, cost, like, up
 from aquila_jax.kernels.topk_routing.lanes import LANES, SUBLANES
 from aquila_jax.kernels.topk_routing.rule import (
   Gradients,
@@ -38,7 +37,7 @@ def forward(
   interpret: bool,
 ) -> tuple[Routed, Residuals]:
   """See api.topk_routing; residuals are as the kernel left them."""
-  num_tokens, num_experts = logits.shape
+  num_experts = logits.shape[1]
   shape = FewShape(
     rule=rule,
     num_experts=num_experts,
@@ -51,14 +50,11 @@ def forward(
   experts, gates, positions, chosen, lse, counts, probability, scalars = (
     _forward(tiled, bias, valid, shape=shape, grid=grid, interpret=interpret)
   )
-  counts = counts[:, :, 0, 0].reshape(grid.num_cores, -1, num_experts)
+  before, counts = grid.assignments(counts[:, :, 0, 0])
   if grid.num_cores > 1:
-    before = jnp.cumsum(counts[:, -1], axis=0) - counts[:, -1]
     positions = _shift(
       before, experts, positions, shape=shape, grid=grid, interpret=interpret
     )
-  # (cores, pieces, E), so far -> of each piece
-  counts = jnp.diff(counts, axis=1, prepend=0).reshape(-1, num_experts)
   scalars = scalars.sum(axis=(0, 2, 3))
 
   def slots(x: Shaped[Array, "1 sixteenths 128"]) -> Shaped[Array, "M A"]:
@@ -68,7 +64,7 @@ def forward(
     experts=slots(experts),
     gates=slots(gates),
     positions=slots(positions),
-    counts=grid.by_row(counts),
+    counts=counts,
     probability=grid.by_row(probability.sum(axis=(2, 3))),
     z=scalars[0],
     entropy=scalars[1],
@@ -86,7 +82,7 @@ def forward(
 
 def _tiled(x: Shaped[Array, "N M"]) -> Shaped[Array, "tiles sixteenths 128"]:
   """Eight rows and 128 columns after the other, as [N M] lies in memory."""
-  rows = -(-x.shape[0] // SUBLANES) * SUBLANES
+  rows = up(x.shape[0], SUBLANES)
   padded = jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
   tiles = padded.reshape(rows // SUBLANES, SUBLANES, -1, LANES)
   return tiles.swapaxes(1, 2).reshape(rows // SUBLANES, -1, LANES)
@@ -103,19 +99,15 @@ def _forward(logits, bias, valid, *, shape: FewShape, grid: Grid, interpret):
   columns, num_columns = shape.tokens // LANES, logits.shape[1] // SUBLANES
 
   def tile(core, step):
-    return 0, core * grid.steps + step, 0
-
-  def flat(core, step):
-    return core * grid.steps + step, 0
+    return 0, grid.tile(core, step), 0
 
   def piece(core, step):
-    number = core * grid.steps + step
-    return jax.lax.div(number, grid.steps_per_piece), 0, 0, 0
+    return grid.piece(core, step), 0, 0, 0
 
   block = (columns * SUBLANES, LANES)
   all_experts = pl.BlockSpec((shape.num_tiles, *block), tile)
   chosen = pl.BlockSpec((1, *block), tile)
-  one_row = pl.BlockSpec((columns, LANES), flat)
+  one_row = pl.BlockSpec((columns, LANES), lambda *at: (grid.tile(*at), 0))
   arguments, specs = [logits], [all_experts]
   if bias is not None:
     arguments.append(bias.astype(jnp.float32))
@@ -172,7 +164,7 @@ def _shift(
   """Adds to positions on a core what the cores before it have placed."""
   block = pl.BlockSpec(
     (1, shape.tokens // LANES * SUBLANES, LANES),
-    lambda core, step: (0, core * grid.steps + step, 0),
+    lambda *at: (0, grid.tile(*at), 0),
   )
   return pl.pallas_call(
     functools.partial(tpu_few.shift, shape=shape),
@@ -203,7 +195,6 @@ def backward(
     rule=rule,
     num_experts=num_experts,
     tokens=grid.blocks.tokens,
-    has_bias=False,
     has_valid=residuals.valid is not None,
   )
   logits = _tiled(residuals.logits.astype(jnp.float32).T)

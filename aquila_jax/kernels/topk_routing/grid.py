@@ -10,8 +10,33 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Int, Shaped
 
-from aquila_jax.kernels.topk_routing.lanes import LANES
+from aquila_jax.kernels.topk_routing.lanes import LANES, SUBLANES
+from aquila_jax.kernels.topk_routing.rule import RoutingRule
 from aquila_jax.kernels.topk_routing.tuning import Blocks
+
+
+def up(size: int, multiple: int) -> int:
+  """The least multiple that is not below `size`."""
+  return -(-size // multiple) * multiple
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelShape:
+  """What every kernel is compiled for."""
+
+  rule: RoutingRule
+  num_experts: int
+  has_valid: bool
+
+  @property
+  def num_tiles(self) -> int:
+    """Vectors that the experts of a token fill, or tiles of eight experts."""
+    return -(-self.num_experts // SUBLANES)
+
+  @property
+  def slots(self) -> int:
+    """The chosen experts of a token, rounded up to whole vectors."""
+    return up(self.rule.top_k, SUBLANES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,9 +63,9 @@ class Grid:
     unit: int = LANES,
   ) -> Grid:
     """Tiles of whole units, as large as `blocks` says or as fit a row."""
-    whole = _up(row_tokens, unit)
-    of_core = _up(-(-row_tokens * num_rows // num_cores), unit)
-    tile = min(_up(blocks.tokens, unit), whole, of_core)
+    whole = up(row_tokens, unit)
+    of_core = up(-(-row_tokens * num_rows // num_cores), unit)
+    tile = min(up(blocks.tokens, unit), whole, of_core)
     if num_rows > 1 or unit > LANES:
       while whole % tile:
         tile -= unit
@@ -79,9 +104,29 @@ class Grid:
     """Whether tiles have lanes without a token."""
     return self.row_tokens % self.blocks.tokens != 0
 
-  def column(self, core, step):
-    """The block of a step, of an array [rows M]."""
-    return 0, core * self.steps + step
+  def tile(self, core, step):
+    """The number of a core's tile."""
+    return core * self.steps + step
+
+  def piece(self, core, step):
+    """The number of the piece that a core's tile is of."""
+    return jax.lax.div(self.tile(core, step), self.steps_per_piece)
+
+  def assignments(
+    self, so_far: Int[Array, "pieces E"]
+  ) -> tuple[Int[Array, "cores E"], Int[Array, "B E"]]:
+    """Of what a core has placed up to the end of each piece of its own.
+
+    Args:
+      so_far: assignments to every expert.
+
+    Returns:
+      What the cores before each core have placed, and what each row has.
+    """
+    of_core = so_far.reshape(self.num_cores, -1, so_far.shape[-1])
+    before = jnp.cumsum(of_core[:, -1], axis=0) - of_core[:, -1]
+    of_piece = jnp.diff(of_core, axis=1, prepend=0)
+    return before, self.by_row(of_piece.reshape(so_far.shape))
 
   def padded(self, x: Shaped[Array, "N M"]) -> Shaped[Array, "N padded"]:
     """With rows of tokens as long as their tiles; a single row as it is."""
@@ -115,10 +160,6 @@ class Grid:
     return pieces.reshape(self.num_rows, -1, pieces.shape[-1]).sum(
       axis=1, dtype=pieces.dtype
     )
-
-
-def _up(size: int, multiple: int) -> int:
-  return -(-size // multiple) * multiple
 
 
 def like(x: jax.Array, shape, dtype) -> jax.ShapeDtypeStruct:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
@@ -19,9 +20,39 @@ LANES = 128
 # Below every key but that of one NaN, and behind every expert.
 NO_KEY = -(2**31)
 NO_EXPERT = 2**30
+# In the place of -infinity as a factor: exp of it is 0, and 0 times it is 0.
+LEAST = -1e30
 
 Vector = jax.Array  # [8, W]
 Ranked = tuple[Vector, Vector]  # keys and experts
+
+
+def loop(count: int, body: Callable[..., None]) -> None:
+  """body(0) to body(count - 1); where there is one, no loop."""
+  if count == 1:
+    body(0)
+    return
+
+  def one(i, carry):
+    body(i)
+    return carry
+
+  jax.lax.fori_loop(0, count, one, 0)
+
+
+def part(number, size: int):
+  """The slice of that number, of parts of `size`; the number may be traced."""
+  if isinstance(number, int):
+    return slice(number * size, (number + 1) * size)
+  return pl.ds(pl.multiple_of(number * size, size), size)
+
+
+def sigmoid(x: Vector) -> tuple[Vector, Vector]:
+  """And its logarithm, at least LEAST."""
+  small = jnp.exp(-jnp.abs(x))
+  score = jnp.where(x < 0, small, 1.0) / (1 + small)
+  log_score = jnp.minimum(x, 0.0) - jnp.log(1 + small)
+  return score, jnp.maximum(log_score, LEAST)
 
 
 def key(x: Float[Array, "N W"]) -> Int[Array, "N W"]:

@@ -24,7 +24,8 @@ from aquila_jax.kernels.topk_routing import (
   tpu_forward,
   tuning,
 )
-from aquila_jax.kernels.topk_routing.grid import Grid, cost, like
+from aquila_jax.kernels.topk_routing import lanes as vec
+from aquila_jax.kernels.topk_routing.grid import Grid, cost, like, up
 from aquila_jax.kernels.topk_routing.lanes import LANES, SUBLANES
 from aquila_jax.kernels.topk_routing.rule import (
   Gradients,
@@ -104,9 +105,8 @@ class PallasTpu:
       interpret=self.interpret,
     )
     experts, gates, positions, chosen, lse, counts, probability, scalars = out
-    counts = counts[:, :num_experts, 0].reshape(grid.num_cores, -1, num_experts)
+    before, counts = grid.assignments(counts[:, :num_experts, 0])
     if grid.num_cores > 1:
-      before = jnp.cumsum(counts[:, -1], axis=0) - counts[:, -1]
       positions = _shift(
         experts,
         positions,
@@ -115,15 +115,13 @@ class PallasTpu:
         grid=grid,
         interpret=self.interpret,
       )
-    # (cores, pieces, E), so far -> of each piece
-    counts = jnp.diff(counts, axis=1, prepend=0)
     scalars = scalars[:, ::SUBLANES].sum(axis=(0, 2))
     experts, gates = grid.tokens(experts).T, grid.tokens(gates).T
     routed = Routed(
       experts=experts,
       gates=gates,
       positions=grid.tokens(positions).T,
-      counts=grid.by_row(counts.reshape(-1, num_experts)),
+      counts=counts,
       probability=grid.by_row(probability[:, :num_experts].sum(axis=-1)),
       z=scalars[0],
       entropy=scalars[1],
@@ -192,12 +190,13 @@ def _forward(logits, *, bias, valid, shape: Shape, grid: Grid, interpret: bool):
   top_k, tile = shape.rule.top_k, grid.blocks.tokens
   rows = shape.num_tiles * SUBLANES
   out = functools.partial(like, logits)
-  column = grid.column
-  piece = lambda core, step: (  # noqa: E731
-    jax.lax.div(core * grid.steps + step, grid.steps_per_piece),
-    0,
-    0,
-  )
+
+  def column(core, step):
+    return 0, grid.tile(core, step)
+
+  def piece(core, step):
+    return grid.piece(core, step), 0, 0
+
   arguments, specs = [logits], [pl.BlockSpec((_rows(logits), tile), column)]
   if bias is not None:
     arguments.append(_on_lanes(bias.astype(jnp.float32), rows))
@@ -276,22 +275,17 @@ def _shift(
 
 
 def _shift_kernel(experts_ref, positions_ref, before_ref, out_ref, *, shape):
-  def some_lanes(i, carry):
-    lanes = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
+  def some_lanes(i):
     for start in range(0, shape.slots, SUBLANES):
-      at = slice(start, start + SUBLANES), lanes
+      at = slice(start, start + SUBLANES), vec.part(i, LANES)
       before = tpu_forward.at_experts(
-        (
-          before_ref[SUBLANES * t : SUBLANES * (t + 1)]
-          for t in range(shape.num_tiles)
-        ),
+        (before_ref[vec.part(t, SUBLANES)] for t in range(shape.num_tiles)),
         experts_ref[at],
       )
       positions = positions_ref[at]
       out_ref[at] = jnp.where(positions < 0, positions, positions + before)
-    return carry
 
-  jax.lax.fori_loop(0, experts_ref.shape[1] // LANES, some_lanes, 0)
+  vec.loop(experts_ref.shape[1] // LANES, some_lanes)
 
 
 def _backward(
@@ -349,8 +343,7 @@ def _backward(
 
 def _rows(logits: jax.Array) -> int:
   """Those of a block with all experts: whole vectors of the logits' width."""
-  whole = SUBLANES * 4 // logits.dtype.itemsize
-  return -(-logits.shape[0] // whole) * whole
+  return up(logits.shape[0], SUBLANES * 4 // logits.dtype.itemsize)
 
 
 def _on_lanes(x: jax.Array, rows: int) -> jax.Array:

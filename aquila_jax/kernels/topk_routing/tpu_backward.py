@@ -7,38 +7,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from aquila_jax.kernels.topk_routing import lanes as vec
+from aquila_jax.kernels.topk_routing.grid import KernelShape
 from aquila_jax.kernels.topk_routing.lanes import LANES, SUBLANES
-from aquila_jax.kernels.topk_routing.rule import RoutingRule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BackwardShape:
-  """What a kernel is compiled for."""
+class BackwardShape(KernelShape):
+  """What the backward kernel is compiled for."""
 
-  rule: RoutingRule
-  num_experts: int
   tokens: int  # a tile
   width: int  # lanes a loop
-  has_valid: bool
-
-  @property
-  def num_tiles(self) -> int:
-    """Vectors that the experts of a token fill."""
-    return -(-self.num_experts // SUBLANES)
 
   @property
   def is_sigmoid(self) -> bool:
     """Whether probabilities are not the softmax."""
     return self.rule.order == "sigmoid"
-
-  @property
-  def slots(self) -> int:
-    """The chosen experts of a token, rounded up to whole vectors."""
-    return -(-self.rule.top_k // SUBLANES) * SUBLANES
 
 
 class Refs:
@@ -87,17 +73,10 @@ def kernel(*refs, shape: BackwardShape) -> None:
   """
   ref = Refs(shape, refs)
   for body in (_means, _gradients):
-
-    def one(i, carry, body=body):
-      start = pl.multiple_of(i * shape.width, LANES)
-      body(ref, shape, pl.ds(start, shape.width))
-      return carry
-
-    jax.lax.fori_loop(0, shape.tokens // shape.width, one, 0)
-
-
-def _tile(t: int) -> slice:
-  return slice(SUBLANES * t, SUBLANES * (t + 1))
+    vec.loop(
+      shape.tokens // shape.width,
+      lambda i, body=body: body(ref, shape, vec.part(i, shape.width)),
+    )
 
 
 def _means(ref: Refs, shape: BackwardShape, lanes) -> None:
@@ -123,11 +102,11 @@ def _means(ref: Refs, shape: BackwardShape, lanes) -> None:
   mean, total = jnp.zeros(size, jnp.float32), jnp.zeros(size, jnp.float32)
   for t, x in enumerate(_logits(ref, shape, lanes)):
     p = jnp.exp(x - logsumexp)
-    ref.p[_tile(t), lanes] = p
+    ref.p[vec.part(t, SUBLANES), lanes] = p
     score = p
     if shape.is_sigmoid:
       score = jax.nn.sigmoid(x)
-      ref.scores[_tile(t), lanes] = score
+      ref.scores[vec.part(t, SUBLANES), lanes] = score
       total = total + score
     mean = mean + score * _probability_grad(ref, shape, t)
   mean = vec.over_sublanes(jnp.add, mean)
@@ -144,7 +123,7 @@ def _logits(ref: Refs, shape: BackwardShape, lanes):
   """Tile by tile in float32; -inf below the last expert."""
   x = ref.logits[:, lanes].astype(jnp.float32)
   for t in range(shape.num_tiles):
-    tile = x[_tile(t)]
+    tile = x[vec.part(t, SUBLANES)]
     if SUBLANES * (t + 1) > shape.num_experts:
       row = vec.rows(shape.width) + SUBLANES * t
       tile = jnp.where(row < shape.num_experts, tile, -jnp.inf)
@@ -153,20 +132,25 @@ def _logits(ref: Refs, shape: BackwardShape, lanes):
 
 def _probability_grad(ref: Refs, shape: BackwardShape, t: int) -> jax.Array:
   copies = shape.width // LANES
-  return jnp.concatenate([ref.probability_grad[_tile(t)]] * copies, axis=1)
+  return jnp.concatenate(
+    [ref.probability_grad[vec.part(t, SUBLANES)]] * copies, axis=1
+  )
 
 
 def _gradients(ref: Refs, shape: BackwardShape, lanes) -> None:
   everywhere, mean = ref.everywhere[:, lanes], ref.mean[:, lanes]
   for t in range(shape.num_tiles):
-    p, grad = ref.p[_tile(t), lanes], _probability_grad(ref, shape, t)
+    p, grad = (
+      ref.p[vec.part(t, SUBLANES), lanes],
+      _probability_grad(ref, shape, t),
+    )
     if shape.is_sigmoid:
-      score = ref.scores[_tile(t), lanes]
+      score = ref.scores[vec.part(t, SUBLANES), lanes]
       scaled = score * ref.scale[:, lanes]
       out = p * everywhere + scaled * (1 - score) * (grad - mean)
     else:
       out = p * (everywhere - mean + grad)
-    ref.p[_tile(t), lanes] = out
+    ref.p[vec.part(t, SUBLANES), lanes] = out
   _add_at_chosen(ref, shape, lanes)
   grad = ref.p[: ref.logits_grad.shape[0], lanes]
   if ref.valid is not None:
@@ -177,34 +161,25 @@ def _gradients(ref: Refs, shape: BackwardShape, lanes) -> None:
 def _add_at_chosen(ref, shape: BackwardShape, lanes) -> None:
   sublane = vec.rows(shape.width)
 
-  def eight(start, count):
-    """Where they are, less the sublane, and what to add there."""
-    here = pl.ds(start, SUBLANES)
-    experts, values = ref.experts[here, lanes], ref.at_chosen[here, lanes]
-    return [
+  def add(i, count=SUBLANES):
+    """What the slots of one vector of them have, up to `count`."""
+    here = vec.part(i, SUBLANES), lanes
+    experts, values = ref.experts[here], ref.at_chosen[here]
+    slots = [
       (
         jnp.broadcast_to(experts[j : j + 1], sublane.shape) - sublane,
         jnp.broadcast_to(values[j : j + 1], sublane.shape),
       )
       for j in range(count)
     ]
-
-  def add(slots):
     for t in range(shape.num_tiles):
       extra = jnp.zeros(sublane.shape, jnp.float32)
       for ahead, value in slots:
         extra = jnp.where(ahead == SUBLANES * t, value, extra)
-      ref.p[_tile(t), lanes] += extra
+      ref.p[vec.part(t, SUBLANES), lanes] += extra
 
   whole, rest = divmod(shape.rule.top_k, SUBLANES)
-  if whole == 1:
-    add(eight(0, SUBLANES))
-  elif whole > 1:
-
-    def one(i, carry):
-      add(eight(pl.multiple_of(i * SUBLANES, SUBLANES), SUBLANES))
-      return carry
-
-    jax.lax.fori_loop(0, whole, one, 0)
+  if whole:
+    vec.loop(whole, add)
   if rest:
-    add(eight(whole * SUBLANES, rest))
+    add(whole, rest)

@@ -20,8 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from aquila_jax.kernels.topk_routing import lanes as vec
+from aquila_jax.kernels.topk_routing.grid import KernelShape
 from aquila_jax.kernels.topk_routing.lanes import LANES, SUBLANES
-from aquila_jax.kernels.topk_routing.rule import RoutingRule
 from aquila_jax.kernels.topk_routing.tpu_forward import triangle
 
 # The most experts, and chosen ones, of a token.
@@ -29,24 +29,15 @@ MOST = 16
 MOST_CHOSEN = 8
 # Tokens of a vector.
 UNIT = SUBLANES * LANES
-_LEAST = -1e30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FewShape:
+class FewShape(KernelShape):
   """What the kernels are compiled for."""
 
-  rule: RoutingRule
-  num_experts: int
   tokens: int  # a tile; a multiple of UNIT
-  has_bias: bool
-  has_valid: bool
+  has_bias: bool = False
   steps_per_piece: int = 1
-
-  @property
-  def num_tiles(self) -> int:
-    """Tiles of eight experts."""
-    return -(-self.num_experts // SUBLANES)
 
 
 class _Rows:
@@ -72,25 +63,11 @@ class _Rows:
 
 def _units(shape: FewShape, body) -> None:
   """body(unit) for every 1,024 tokens of the tile; `unit` may be traced."""
-  count = shape.tokens // UNIT
-  if count == 1:
-    body(0)
-    return
-
-  def one(unit, carry):
-    body(unit)
-    return carry
-
-  jax.lax.fori_loop(0, count, one, 0)
+  vec.loop(shape.tokens // UNIT, body)
 
 
 def _valid(ref, unit) -> jax.Array | None:
-  if ref is None:
-    return None
-  first = unit * SUBLANES
-  if not isinstance(unit, int):
-    first = pl.multiple_of(first, SUBLANES)
-  return ref[pl.ds(first, SUBLANES), :] > 0
+  return None if ref is None else ref[vec.part(unit, SUBLANES), :] > 0
 
 
 class ForwardRefs:
@@ -167,14 +144,12 @@ def _choose(ref: ForwardRefs, shape: FewShape, unit) -> None:
   logsumexp = largest + jnp.log(total)
   scores = exps
   if rule.order == "sigmoid":
-    scores, logs = zip(*map(_sigmoid, x), strict=True)
+    scores, logs = zip(*map(vec.sigmoid, x), strict=True)
     total = _sum(scores)
   else:
-    logs = [one - largest for one in x]
+    logs = [jnp.maximum(one - largest, vec.LEAST) for one in x]
   inverse = 1 / total
-  product = _sum(
-    [s * jnp.maximum(log, _LEAST) for s, log in zip(scores, logs, strict=True)]
-  )
+  product = _sum([s * log for s, log in zip(scores, logs, strict=True)])
   _add_sums(ref, valid, scores, inverse, product, total, logsumexp)
 
   ranks = x
@@ -194,10 +169,7 @@ def _choose(ref: ForwardRefs, shape: FewShape, unit) -> None:
     ref.experts.store(j, unit, expert)
     ref.chosen.store(j, unit, chosen[j])
     ref.gates.store(j, unit, gate)
-  first = unit * SUBLANES
-  if not isinstance(unit, int):
-    first = pl.multiple_of(first, SUBLANES)
-  ref.logsumexp[pl.ds(first, SUBLANES), :] = logsumexp
+  ref.logsumexp[vec.part(unit, SUBLANES), :] = logsumexp
 
 
 def _sum(values) -> jax.Array:
@@ -205,13 +177,6 @@ def _sum(values) -> jax.Array:
   for value in values[1:]:
     total = total + value
   return total
-
-
-def _sigmoid(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """And its logarithm."""
-  small = jnp.exp(-jnp.abs(x))
-  score = jnp.where(x < 0, small, 1.0) / (1 + small)
-  return score, jnp.minimum(x, 0.0) - jnp.log(1 + small)
 
 
 def _add_sums(ref, valid, scores, inverse, product, total, logsumexp) -> None:
@@ -373,16 +338,13 @@ def _gradient(ref: BackwardRefs, shape: FewShape, unit, row) -> None:
     chosen=slots(ref.chosen),
     axis=0,
   )
-  first = unit * SUBLANES
-  if not isinstance(unit, int):
-    first = pl.multiple_of(first, SUBLANES)
-  logsumexp = ref.logsumexp[pl.ds(first, SUBLANES), :]
+  logsumexp = ref.logsumexp[vec.part(unit, SUBLANES), :]
   everywhere = everywhere[0] + 2 * ref.z_grad[0, 0] * logsumexp
   x = [ref.logits.load(e, unit) for e in every]
   grads = [ref.probability_grad[row, e] for e in every]
   p = [jnp.exp(one - logsumexp) for one in x]
   if rule.order == "sigmoid":
-    scores = [_sigmoid(one)[0] for one in x]
+    scores = [vec.sigmoid(one)[0] for one in x]
     inverse = 1 / jnp.maximum(_sum(scores), jnp.finfo(jnp.float32).tiny)
     mean = _sum([s * g for s, g in zip(scores, grads, strict=True)]) * inverse
     out = [

@@ -18,41 +18,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from aquila_jax.kernels.topk_routing import lanes as vec
+from aquila_jax.kernels.topk_routing.grid import KernelShape
 from aquila_jax.kernels.topk_routing.lanes import LANES, SUBLANES
-from aquila_jax.kernels.topk_routing.rule import RoutingRule
 from aquila_jax.kernels.topk_routing.tuning import Blocks
 
 _LARGEST = 2**31 - 1
-# exp of less is 0, and the product with 0 is 0.
-_LEAST = -1e30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
-  """What a kernel is compiled for."""
+class Shape(KernelShape):
+  """What the forward kernel is compiled for."""
 
-  rule: RoutingRule
-  num_experts: int
   blocks: Blocks
   is_half: bool  # logits of 16 bits
   has_bias: bool
-  has_valid: bool
   steps_per_piece: int  # tiles whose counts and sums are one output
-
-  @property
-  def num_tiles(self) -> int:
-    """Vectors that the experts of a token fill."""
-    return -(-self.num_experts // SUBLANES)
 
   @property
   def copies_logits(self) -> bool:
     """Whether they have to be widened, or rows below them filled."""
     return self.is_half or self.num_experts % SUBLANES != 0
-
-  @property
-  def slots(self) -> int:
-    """The chosen experts of a token, rounded up to whole vectors."""
-    return -(-self.rule.top_k // SUBLANES) * SUBLANES
 
   @property
   def tiles_per_set(self) -> int:
@@ -153,37 +138,18 @@ class _At:
 
   def tile(self, number):
     """Eight rows of them."""
-    if isinstance(number, int):
-      return slice(SUBLANES * number, SUBLANES * (number + 1)), self.lanes
-    start = pl.multiple_of(SUBLANES * number, SUBLANES)
-    return pl.ds(start, SUBLANES), self.lanes
+    return vec.part(number, SUBLANES), self.lanes
 
 
 def _over(blocks: Blocks, width: int, body: Callable[[_At], None]) -> None:
-  width = min(width, blocks.tokens)
-  if width == blocks.tokens:
-    body(_At(slice(None), width))
-    return
-
-  def one(i, carry):
-    body(_At(pl.ds(pl.multiple_of(i * width, LANES), width), width))
-    return carry
-
-  jax.lax.fori_loop(0, blocks.tokens // width, one, 0)
+  vec.loop(
+    blocks.tokens // width, lambda i: body(_At(vec.part(i, width), width))
+  )
 
 
 def _over_slots(shape: Shape, body: Callable) -> None:
   """body(i) for every vector of chosen experts."""
-  count = shape.slots // SUBLANES
-  if count == 1:
-    body(0)
-    return
-
-  def one(i, carry):
-    body(i)
-    return carry
-
-  jax.lax.fori_loop(0, count, one, 0)
+  vec.loop(shape.slots // SUBLANES, body)
 
 
 def _load(ref: Refs, shape: Shape, at: _At) -> Iterator[jax.Array]:
@@ -385,7 +351,7 @@ def _sums(ref: Refs, shape: Shape, at: _At) -> None:
     total = total + exp
     if rule.order != "sigmoid":
       ref.exps[at.tile(t)] = exp
-      product = product + exp * jnp.maximum(less, _LEAST)
+      product = product + exp * jnp.maximum(less, vec.LEAST)
   total = vec.over_sublanes(jnp.add, total)
   logsumexp = largest + jnp.log(total)
   ref.logsumexp[:, at.lanes] = logsumexp[:1]
@@ -433,13 +399,10 @@ def _sigmoids(ref: Refs, shape: Shape, at: _At) -> tuple[jax.Array, jax.Array]:
   total = jnp.zeros((SUBLANES, at.width), jnp.float32)
   product = jnp.zeros_like(total)
   for t in range(shape.num_tiles):
-    x = ref.x[at.tile(t)]
-    small = jnp.exp(-jnp.abs(x))
-    score = jnp.where(x < 0, small, 1.0) / (1 + small)
-    log_score = jnp.minimum(x, 0.0) - jnp.log(1 + small)
+    score, log_score = vec.sigmoid(ref.x[at.tile(t)])
     ref.exps[at.tile(t)] = score
     total = total + score
-    product = product + score * jnp.maximum(log_score, _LEAST)
+    product = product + score * log_score
   return total, product
 
 

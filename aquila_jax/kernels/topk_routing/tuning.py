@@ -8,7 +8,8 @@ import json
 import math
 import pathlib
 
-_LANES = 128
+from aquila_jax.kernels.topk_routing.lanes import LANES, SUBLANES
+
 # Of a tile: what every phase's arrays fit beside in the smallest VMEM, v5e's.
 _MOST_LOGITS = 2**19
 _TABLE = pathlib.Path(__file__).with_name("tuned.json")
@@ -31,7 +32,7 @@ class Blocks:
     def divisor(width: int) -> int:
       width = min(width, tokens)
       while tokens % width:
-        width -= _LANES
+        width -= LANES
       return width
 
     return Blocks(
@@ -58,9 +59,10 @@ def blocks(device_kind: str, *, num_experts: int, top_k: int) -> Blocks:
     return row["device_kind"] != device_kind, abs(experts) + abs(chosen)
 
   found = Blocks(**min(_table(), key=distance)["blocks"])
-  # A smaller shape's tile of more experts may not fit in VMEM.
-  rows = -(-num_experts // 8) * 8
-  most = max(_LANES, _MOST_LOGITS // rows // _LANES * _LANES)
+  # A smaller shape's tile of more experts may not fit in VMEM. A power of two
+  # still divides what tiles are wanted of.
+  rows = -(-num_experts // SUBLANES) * SUBLANES
+  most = 2 ** int(math.log2(_MOST_LOGITS / rows))
   return found.cut(min(found.tokens, most))
 
 

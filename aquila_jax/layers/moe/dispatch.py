@@ -32,7 +32,6 @@ class Meetings(struct.PyTreeNode):
   ids: Leaf  # int [M A]; the experts of a token, -1 is none
   top_gate: Leaf  # float [M]; a token's largest gate, 0 where it has none
   dropped: Leaf  # float []; the share that the dispatcher could not serve
-  sums: RoutingSums
 
 
 @runtime_checkable
@@ -51,12 +50,12 @@ class Dispatch(Protocol):
     ...
 
   def meetings(self) -> Meetings:
-    """See `Meetings`; sums are over the rows of tokens that there were."""
+    """See `Meetings`."""
     ...
 
 
-class Placed(struct.PyTreeNode):
-  """The slots of R = M * A assignments, P * Q slots."""
+class TokenDispatch(struct.PyTreeNode):
+  """Tokens have chosen. R = M * A assignments, P * Q slots."""
 
   routing: Routing
   slot: Leaf  # int [R]; of an assignment; P * Q where it was dropped
@@ -79,44 +78,17 @@ class Placed(struct.PyTreeNode):
     routed = routed.reshape(*gates.shape, -1)  # (R, D) -> (M, A, D)
     return jnp.einsum("MAD,MA->MD", routed, gates.astype(routed.dtype))
 
-  def dropped(self) -> Float[Array, ""]:
-    """The share of the valid tokens' assignments that found no slot."""
-    valid, dtype = self.routing.valid[:, None], self.routing.gates.dtype
-    num_assigned = jnp.maximum(jnp.sum(valid) * self.kept.shape[1], 1)
-    lost = jnp.sum(valid & ~self.kept).astype(dtype)
-    return lost / num_assigned.astype(dtype)
-
-
-class TokenDispatch(struct.PyTreeNode):
-  """Tokens have chosen."""
-
-  placed: Placed
-  sums: RoutingSums
-
-  @property
-  def block_expert(self) -> Int[Array, "P"]:
-    return self.placed.block_expert
-
-  @property
-  def num_blocks(self) -> Int[Array, ""]:
-    return self.placed.num_blocks
-
-  def gather(self, x: Float[Array, "M D"]) -> Float[Array, "P Q D"]:
-    return self.placed.gather(x)
-
-  def combine(self, rows: Float[Array, "P Q D"]) -> Float[Array, "M D"]:
-    return self.placed.combine(rows)
-
   def meetings(self) -> Meetings:
-    routing = self.placed.routing
-    valid = routing.valid[:, None]
-    assigned = chosen_by(routing.experts, self.sums.counts.shape[-1])
+    """`dropped` is the share of the valid tokens' assignments."""
+    routing, valid = self.routing, self.routing.valid[:, None]
+    num_assigned = jnp.maximum(jnp.sum(valid) * self.kept.shape[1], 1)
+    dtype = routing.gates.dtype
+    lost = jnp.sum(valid & ~self.kept).astype(dtype)
     return Meetings(
-      assigned=assigned & valid,
+      assigned=chosen_by(routing.experts, routing.counts.size) & valid,
       ids=jnp.where(valid, routing.experts, -1),
       top_gate=jnp.max(routing.gates, axis=-1),
-      dropped=self.placed.dropped(),
-      sums=self.sums,
+      dropped=lost / num_assigned.astype(dtype),
     )
 
 
@@ -124,7 +96,7 @@ class TokenDispatch(struct.PyTreeNode):
 class Placement(Protocol):
   """A way to place what tokens have chosen into blocks of one expert each."""
 
-  def place(self, routing: Routing) -> Placed:
+  def place(self, routing: Routing) -> TokenDispatch:
     """Places every assignment of a valid token, or drops it."""
     ...
 
@@ -135,7 +107,7 @@ class Dropless:
 
   block_size: int
 
-  def place(self, routing: Routing) -> Placed:
+  def place(self, routing: Routing) -> TokenDispatch:
     counts = routing.counts
     num_experts, num_rows = counts.size, routing.experts.size
     size = self.block_size
@@ -168,7 +140,7 @@ class Capacity:
 
   factor: float
 
-  def place(self, routing: Routing) -> Placed:
+  def place(self, routing: Routing) -> TokenDispatch:
     num_experts, num_rows = routing.counts.size, routing.experts.size
     capacity = max(1, math.ceil(self.factor * num_rows / num_experts))
     position = routing.positions.reshape(-1)
@@ -195,19 +167,20 @@ class TokenChoice:
 
   config: MoeConfig
 
-  def dispatch(self, affinity: Affinity, *, num_rows: int) -> TokenDispatch:
+  def dispatch(
+    self, affinity: Affinity, *, num_rows: int
+  ) -> tuple[TokenDispatch, RoutingSums]:
     routed = route(affinity, self.config, num_rows=num_rows)
     is_plain = affinity.plain is affinity.logits
-    return TokenDispatch(
-      placed=make_placement(self.config).place(routing(routed, affinity)),
-      sums=RoutingSums(
-        counts=routed.counts,
-        probability=routed.probability,
-        entropy=routed.entropy,
-        # The routing's is of the logits, normalised and with their noise.
-        z=routed.z if is_plain else squared_logsumexp(affinity),
-      ),
+    sums = RoutingSums(
+      counts=routed.counts,
+      probability=routed.probability,
+      entropy=routed.entropy,
+      # The routing's is of the logits, normalised and with their noise.
+      z=routed.z if is_plain else squared_logsumexp(affinity),
     )
+    placement = make_placement(self.config)
+    return placement.place(routing(routed, affinity)), sums
 
 
 def _place(
@@ -218,7 +191,7 @@ def _place(
   num_slots: int,
   block_expert: Int[Array, "P"],
   num_blocks: Int[Array, ""],
-) -> Placed:
+) -> TokenDispatch:
   num_tokens, top_k = routing.experts.shape
   kept = fits & jnp.repeat(routing.valid, top_k)
   slot = jnp.where(kept, slot, num_slots)
@@ -226,7 +199,7 @@ def _place(
   assignment = assignment.at[slot].set(
     jnp.arange(slot.size, dtype=jnp.int32), mode="drop"
   )
-  return Placed(
+  return TokenDispatch(
     routing=routing,
     slot=slot,
     assignment=assignment,

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from aquila_jax.core.model_config import MoeConfig
 from aquila_jax.core.types import Leaf
 from aquila_jax.layers.moe.dispatch import Dispatch, Meetings
-from aquila_jax.layers.moe.losses import summed
+from aquila_jax.layers.moe.losses import RoutingSums, summed
 from aquila_jax.layers.moe.router import Affinity
 from aquila_jax.layers.moe.selection import rule
 
@@ -36,9 +36,7 @@ class ExpertDispatch(struct.PyTreeNode):
   gates: Leaf  # float [E C]; 0 where the slot is empty
   block_expert: Leaf  # int [E]
   num_blocks: Leaf  # int []
-  affinity: Affinity
-  probability: Leaf  # float [M E]
-  num_rows: int = struct.field(pytree_node=False)
+  valid: Leaf  # bool [M]
 
   def gather(self, x: Float[Array, "M D"]) -> Float[Array, "E C D"]:
     return jnp.take(x, self.tokens, axis=0, mode="fill", fill_value=0)
@@ -46,14 +44,12 @@ class ExpertDispatch(struct.PyTreeNode):
   def combine(self, rows: Float[Array, "E C D"]) -> Float[Array, "M D"]:
     """By a scatter: a token has any number of slots."""
     weighted = rows * self.gates[..., None].astype(rows.dtype)
-    num_tokens = self.affinity.valid.shape[0]
-    out = jnp.zeros((num_tokens, rows.shape[-1]), rows.dtype)
+    out = jnp.zeros((self.valid.shape[0], rows.shape[-1]), rows.dtype)
     return out.at[self.tokens].add(weighted, mode="drop")
 
   def meetings(self) -> Meetings:
     """`dropped` is the share of the valid tokens that meet no expert."""
-    valid = self.affinity.valid
-    (num_experts, _), num_tokens = self.tokens.shape, valid.shape[0]
+    (num_experts, _), num_tokens = self.tokens.shape, self.valid.shape[0]
     every = jnp.arange(num_experts, dtype=self.block_expert.dtype)
     pairs = (self.tokens, every[:, None])
     shape = (num_tokens, num_experts)
@@ -61,19 +57,13 @@ class ExpertDispatch(struct.PyTreeNode):
     gates = (
       jnp.zeros(shape, self.gates.dtype).at[pairs].set(self.gates, mode="drop")
     )
-    alone = valid & ~jnp.any(assigned, axis=1)
-    num_valid = jnp.maximum(jnp.sum(valid), 1).astype(gates.dtype)
+    alone = self.valid & ~jnp.any(assigned, axis=1)
+    num_valid = jnp.maximum(jnp.sum(self.valid), 1).astype(gates.dtype)
     return Meetings(
       assigned=assigned,
       ids=jnp.where(assigned, every[None], -1),
       top_gate=jnp.max(gates, axis=-1),
       dropped=jnp.sum(alone).astype(gates.dtype) / num_valid,
-      sums=summed(
-        self.affinity,
-        self.probability,
-        assigned=assigned,
-        num_rows=self.num_rows,
-      ),
     )
 
 
@@ -83,7 +73,9 @@ class ExpertChoice:
 
   config: MoeConfig
 
-  def dispatch(self, affinity: Affinity, *, num_rows: int) -> Dispatch:
+  def dispatch(
+    self, affinity: Affinity, *, num_rows: int
+  ) -> tuple[Dispatch, RoutingSums]:
     num_tokens, num_experts = affinity.logits.shape
     capacity = math.ceil(self.config.top_k * num_tokens / num_experts)
     scoring = rule(self.config).scoring
@@ -94,12 +86,17 @@ class ExpertChoice:
     _, tokens = jax.lax.top_k(ranks, capacity)
     taken = affinity.valid[tokens]
     gates = jnp.take_along_axis(scores.T, tokens, axis=1)
-    return ExpertDispatch(
+    plan = ExpertDispatch(
       tokens=jnp.where(taken, tokens, num_tokens),
       gates=jnp.where(taken, self.config.gate_scale * gates, 0.0),
       block_expert=jnp.arange(num_experts, dtype=jnp.int32),
       num_blocks=jnp.asarray(num_experts, jnp.int32),
-      affinity=affinity,
-      probability=scoring.probability(affinity.logits),
+      valid=affinity.valid,
+    )
+    sums = summed(
+      affinity,
+      scoring.probability(affinity.logits),
+      assigned=plan.meetings().assigned,
       num_rows=num_rows,
     )
+    return plan, sums

@@ -24,8 +24,10 @@ from aquila_jax.layers.moe.shared_expert import SharedExpert
 class Choice(Protocol):
   """Who meets whom, and where: tokens choose experts, or experts tokens."""
 
-  def dispatch(self, affinity: Affinity, *, num_rows: int) -> Dispatch:
-    """The plan for one batch of tokens, in so many rows."""
+  def dispatch(
+    self, affinity: Affinity, *, num_rows: int
+  ) -> tuple[Dispatch, losses.RoutingSums]:
+    """The plan for one batch of tokens, and sums over so many rows of it."""
     ...
 
 
@@ -66,7 +68,7 @@ class MoeFeedForward(nn.Module):
     affinity = Router(self.config, moe, name="router")(
       tokens, valid=segments.reshape(-1) > 0
     )
-    plan = make_choice(moe).dispatch(affinity, num_rows=x.shape[0])
+    plan, sums = make_choice(moe).dispatch(affinity, num_rows=x.shape[0])
     rows = expert_ffn.expert_ffn(
       plan.gather(tokens),
       self._kernels(moe.num_experts, x.dtype, mask=mask),
@@ -80,7 +82,7 @@ class MoeFeedForward(nn.Module):
     meetings = plan.meetings()
     self._sow(meetings, num_rows=x.shape[0])
     stats = losses.routing_stats(
-      meetings.sums,
+      sums,
       valid=affinity.valid,
       top_gate=meetings.top_gate,
       dropped=meetings.dropped,

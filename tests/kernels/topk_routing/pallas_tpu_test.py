@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as of_numpy
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from aquila_jax.kernels.topk_routing import api
+from aquila_jax.kernels.topk_routing import api, tuning
 from aquila_jax.kernels.topk_routing.grid import Grid
 from aquila_jax.kernels.topk_routing.pallas_tpu import PallasTpu
 from aquila_jax.kernels.topk_routing.rule import RoutingRule
@@ -243,3 +243,12 @@ def test_how_tokens_are_cut(row_tokens, num_rows, num_cores, expected):
   grid = Grid.of(row_tokens, num_rows, blocks=Blocks(), num_cores=num_cores)
   found = grid.blocks.tokens, grid.num_cores, grid.steps, grid.steps_per_piece
   assert found == expected
+
+
+@pytest.mark.parametrize("num_experts", [8, 60, 100, 384, 512])
+@pytest.mark.parametrize("kind", ["TPU v5", "TPU v6 lite", "TPU of tomorrow"])
+def test_tiles_fit_and_divide_what_is_common(kind, num_experts):
+  blocks = tuning.blocks(kind, num_experts=num_experts, top_k=2)
+  # The rest of 2^13 tokens would be a tile with next to nothing in it.
+  assert 2**13 % blocks.tokens == 0
+  assert blocks.tokens * num_experts <= 2**19
