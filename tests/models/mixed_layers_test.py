@@ -246,6 +246,7 @@ def test_a_list_of_all_layers_is_all():
   assert decoder_lm.parameter_axes(listed) == decoder_lm.parameter_axes(every)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
   ("config", "dense"), [(LIST, 6), (UNEVEN, 9)], ids=["even", "uneven"]
 )
