@@ -14,20 +14,16 @@ trips of a loop are not in the code, it counts once, and the row says so.
 
 from __future__ import annotations
 
-import datetime
 import importlib.metadata
-import json
-import pathlib
-import platform
 from typing import Any
 
-import jax
 from absl import app, flags
 
 from aquila_jax.kernels.topk_routing.pallas_tpu import PallasTpu
 from aquila_jax.kernels.topk_routing.reference import Xla
 from aquila_jax.kernels.topk_routing.shapes import NAMED, Workload
 from aquila_jax.planning.tpu_schedule import Clock
+from benchmarks import gpu_clock
 from benchmarks.topk_routing_schedule import TOPOLOGIES, measure
 
 _OUTPUT = flags.DEFINE_string("output", None, "A JSON file to write.")
@@ -102,19 +98,12 @@ def main(argv: list[str]) -> None:
           row = _row(clock, work, num_tokens=num_tokens, backward=backward)
           rows.append(row)
           print(_line(row), flush=True)
-  if _OUTPUT.value:
-    report = dict(
-      benchmark="topk_routing_tpu",
-      date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-      versions=dict(
-        python=platform.python_version(),
-        jax=jax.__version__,
-        libtpu=importlib.metadata.version("libtpu"),
-      ),
-      rows=rows,
-    )
-    text = json.dumps(report, indent=2) + "\n"
-    pathlib.Path(_OUTPUT.value).write_text(text, encoding="utf-8")
+  gpu_clock.write_report(
+    _OUTPUT.value,
+    benchmark="topk_routing_tpu",
+    libtpu=importlib.metadata.version("libtpu"),
+    rows=rows,
+  )
 
 
 if __name__ == "__main__":

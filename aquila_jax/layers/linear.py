@@ -16,8 +16,7 @@ def project(
 
   The gradient of the kernel is a sum over all axes of rows. Where they are two,
   [B T], XLA:CPU first copies the output's gradient transposed, element by
-  element: forward and backward of a SwiGLU of 256 to 2048 and of an LM head of
-  8192 took 1.8 times as long so (benchmarks/train_step_cpu.py has the step).
+  element, which took longer than the product.
 
   Args:
     x: any number of axes of rows, and the kernel's input axis.

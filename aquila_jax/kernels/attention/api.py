@@ -13,12 +13,11 @@ from aquila_jax.core.model_config import AttentionImplementation
 from aquila_jax.kernels.attention import chunked, cudnn, reference, splash
 from aquila_jax.kernels.attention.mesh_axes import UNDIVIDED, MeshAxes
 
-# On any platform, and by platform before these.
-_NAMES: tuple[AttentionImplementation, ...]
 _NAMES = ("xla", "chunked", "splash", "cudnn")
+# Where those run that do not run anywhere.
 _PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
-# Those that None may choose there.
-_CHOSEN = ("splash",)
+# What None chooses where it can.
+_KERNELS: dict[str, AttentionImplementation] = {"tpu": "splash"}
 # Longer rows are chunked where no kernel takes them.
 LONGEST_WHOLE = 512
 
@@ -40,11 +39,8 @@ def causal_attention(
   by rounding.
 
   `None` is, in this order, what can take the call: splash on TPUs, xla for rows
-  of up to 512 tokens, chunked. cudnn has not run on a GPU yet, and is by name.
-  With backward, on two CPU cores, chunked took about half of the time of xla at
-  512 tokens and two fifths from 1,024 to 4,096; xla stays below so that short
-  rows keep their rounding.
-  Memory at 2,048 and 8,192 tokens, on TPUs too, is in
+  of up to 512 tokens, chunked. cudnn has not run on a GPU yet, and is by name;
+  short rows keep the rounding of xla. Memory at 2,048 and 8,192 tokens is in
   benchmarks/results/attention_memory.json.
 
   Args:
@@ -79,17 +75,15 @@ def causal_attention(
 def _choose(
   query: Float[Array, "B T K G H"], *, mesh_axes: MeshAxes
 ) -> AttentionImplementation:
-  """The first that can; says so once."""
-  platform = jax.default_backend()
-  reason = ""
+  """The kernel of the platform if it can, else by length; says so once."""
+  platform, reason = jax.default_backend(), ""
   chosen = "xla" if query.shape[1] <= LONGEST_WHOLE else "chunked"
-  for name in _NAMES:
-    if name in _CHOSEN and _PLATFORMS.get(name) == platform:
-      try:
-        _check(name, query, mesh_axes=mesh_axes)
-        chosen = name
-      except NotImplementedError as error:
-        reason = str(error)
+  if platform in _KERNELS:
+    try:
+      _check(_KERNELS[platform], query, mesh_axes=mesh_axes)
+      chosen = _KERNELS[platform]
+    except NotImplementedError as error:
+      reason = str(error)
   _say(chosen, platform, reason)
   return chosen
 
