@@ -308,6 +308,10 @@ class ModelConfig:
   # What computes attention without a cache (kernels/attention/api.py); None
   # chooses by platform. One that is named is refused where it cannot.
   attention_implementation: AttentionImplementation | None = None
+  # Whether layers are a loop, compiled in the time of one. Without it four
+  # layers trained in 0.89 to 0.93 of the time on 2 CPU cores: nothing is
+  # stacked for the backward pass. Parameters lie the same.
+  scan_layers: bool = True
   param_dtype: Dtype = "float32"
   compute_dtype: Dtype = "bfloat16"
 

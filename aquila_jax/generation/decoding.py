@@ -44,7 +44,7 @@ class Decoding(struct.PyTreeNode):
 def inference_config(
   config: ModelConfig, *, num_tokens: int = 0
 ) -> ModelConfig:
-  """`config` without what only training wants: capacity and remat.
+  """`config` without what only training wants: capacity, remat, unrolling.
 
   A capacity would drop tokens by what else is in the batch, so inference is
   dropless whatever the model was trained with.
@@ -64,7 +64,7 @@ def inference_config(
       share = num_tokens * moe.top_k // moe.num_experts
       block = min(block, max(share, 1))
     moe = dataclasses.replace(moe, capacity_factor=None, block_size=block)
-  return dataclasses.replace(config, moe=moe, remat="none")
+  return dataclasses.replace(config, moe=moe, remat="none", scan_layers=True)
 
 
 def append(

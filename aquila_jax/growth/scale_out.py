@@ -414,6 +414,7 @@ _MAY_DIFFER = (
   "init_std",
   "remat",
   "attention_implementation",
+  "scan_layers",
   "param_dtype",
   "compute_dtype",
 )

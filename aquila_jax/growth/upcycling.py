@@ -43,6 +43,7 @@ _FREE = (
   "init_std",
   "remat",
   "attention_implementation",
+  "scan_layers",
   "param_dtype",
   "compute_dtype",
 )

@@ -249,6 +249,7 @@ class DecoderLM(nn.Module):
       in_axes=(0, *2 * (nn.broadcast,), 0, *2 * (nn.broadcast,)),  # pyright: ignore[reportArgumentType]
       out_axes=0,
       length=self.config.num_layers,
+      unroll=1 if self.config.scan_layers else self.config.num_layers,
       metadata_params={nn.meta.PARTITION_NAME: "layer"},
     )(self.config, name="layers")
     x, (routing, cache) = layers(

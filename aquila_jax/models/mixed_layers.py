@@ -135,6 +135,7 @@ class _MixedLayers(nn.Module):
         in_axes=(0, *2 * (nn.broadcast,), 0, *2 * (nn.broadcast,)),  # pyright: ignore[reportArgumentType]
         out_axes=0,
         length=run.repeats,
+        unroll=1 if self.config.scan_layers else run.repeats,
         metadata_params={nn.meta.PARTITION_NAME: "layer"},
       )(self.config, self.block, run.kinds, name=layer_runs.run_name(r))
       x, (routing, grown) = scanned(

@@ -36,6 +36,8 @@ def model(case: str) -> ModelConfig:
     context_length=shape.TOKENS,
     qkv_bias=False,
     compute_dtype="float32",
+    # What suits a few layers on CPU; parameters lie the same.
+    scan_layers=False,
     moe=moe,
   )
 

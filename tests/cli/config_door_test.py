@@ -58,6 +58,7 @@ def _refused(path: str, *overrides: tuple[str, str]) -> str:
     ("stages.dense.model.init_std", "0.5", 0.5),
     ("stages.dense.model.qkv_bias", "TRUE", True),
     ("stages.dense.model.remat", "full", "full"),
+    ("stages.dense.model.scan_layers", "false", False),
     ("stages.dense.train.optimizer.schedule", "wsd", "wsd"),
     ("data.seed", "5", 5),
     ("data.prepared", "some/where", "some/where"),

@@ -265,8 +265,16 @@ def test_dense_decoder_and_gradients_equal_the_written_out_one(tied):
 
 
 @pytest.mark.parametrize("config", [DENSE, DROPLESS], ids=["dense", "dropless"])
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_no_loss_and_no_gradient(config, remat):
+@pytest.mark.parametrize(
+  "change",
+  [
+    dict(remat="dots"),
+    dict(remat="full"),
+    dict(scan_layers=False),
+    dict(scan_layers=False, remat="dots"),
+  ],
+)
+def test_remat_and_unrolling_change_no_loss_and_no_gradient(config, change):
   row = _pack(DOCUMENT, [2, 7, 1])
 
   def value_and_grad(config):
@@ -279,13 +287,30 @@ def test_remat_changes_no_loss_and_no_gradient(config, remat):
 
     return jax.value_and_grad(loss)(_params(config))
 
-  again = dataclasses.replace(config, remat=remat)
+  again = dataclasses.replace(config, **change)
   # The same operations, fused in another way: a few roundings.
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
     value_and_grad(again),
     value_and_grad(config),
   )
+
+
+def test_a_scan_of_layers_is_a_loop_and_can_be_unrolled():
+  row = [jnp.asarray(part) for part in _pack(DOCUMENT, [2, 7, 1])]
+
+  def loops(config):
+    model = decoder_lm.DecoderLM(config)
+    text = jax.jit(
+      lambda p: model.apply(
+        {"params": p}, row[0], positions=row[1], segments=row[2]
+      )
+    )
+    compiled = text.lower(_params(config)).compile().as_text()
+    return sum(" while(" in line for line in (compiled or "").splitlines())
+
+  assert loops(DENSE) == 1
+  assert loops(dataclasses.replace(DENSE, scan_layers=False)) == 0
 
 
 @pytest.mark.parametrize("config", [DENSE, DROPLESS], ids=["dense", "dropless"])

@@ -197,8 +197,11 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_layers(config):
 
 
 @pytest.mark.usefixtures("float64")
-def test_remat_changes_no_output_and_no_gradient():
-  config = dataclasses.replace(WIDE, remat="full")
+@pytest.mark.parametrize(
+  "change", [dict(remat="full"), dict(scan_layers=False)]
+)
+def test_remat_and_unrolling_change_no_output_and_no_gradient(change):
+  config = dataclasses.replace(WIDE, **change)
   _close(_scanned(config), _scanned(WIDE))
 
 
