@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from aquila_jax.core.config import require
 
@@ -308,9 +308,9 @@ class ModelConfig:
   # What computes attention without a cache (kernels/attention/api.py); None
   # chooses by platform. One that is named is refused where it cannot.
   attention_implementation: AttentionImplementation | None = None
-  # Whether layers are a loop, compiled in the time of one. Without it four
-  # layers trained in 0.89 to 0.93 of the time on 2 CPU cores: nothing is
-  # stacked for the backward pass. Parameters lie the same.
+  # Whether layers are a loop, compiled in the time of one. Unrolled, nothing is
+  # stacked for the backward pass (benchmarks/train_step_cpu.py). Parameters lie
+  # the same.
   scan_layers: bool = True
   param_dtype: Dtype = "float32"
   compute_dtype: Dtype = "bfloat16"
@@ -442,3 +442,51 @@ class ModelConfig:
   def queries_per_kv(self) -> int:
     """G, the query heads that share one key/value head."""
     return self.num_heads // self.num_kv_heads
+
+
+# How a model is drawn, computed and trained: not its leaves, not its function.
+_WAYS = (
+  "context_length",
+  "init_std",
+  "remat",
+  "attention_implementation",
+  "scan_layers",
+  "param_dtype",
+  "compute_dtype",
+)
+_MOE_WAYS = (
+  "router_init_std",
+  "input_jitter",
+  "logit_noise",
+  "capacity_factor",
+  "use_routing_kernel",
+  "block_size",
+)
+
+
+Difference = tuple[str, Any, Any]
+
+
+def differences(one: ModelConfig, other: ModelConfig) -> list[Difference]:
+  """In what two are not one architecture: fields and the values of both.
+
+  How a model is drawn, computed and trained is not a part of it. A field of
+  mixtures is `moe.top_k` and the like, where both are mixtures.
+  """
+  found = _differences(one, other, apart_from=(*_WAYS, "moe"))
+  if one.moe is not None and other.moe is not None:
+    moe = _differences(one.moe, other.moe, apart_from=_MOE_WAYS)
+    found += [(f"moe.{name}", *values) for name, *values in moe]
+  elif one.moe != other.moe:
+    found.append(("moe", one.moe, other.moe))
+  return found
+
+
+def _differences(
+  one: Any, other: Any, *, apart_from: tuple[str, ...]
+) -> list[Difference]:
+  names = (field.name for field in dataclasses.fields(one))
+  pairs = ((name, getattr(one, name), getattr(other, name)) for name in names)
+  return [
+    (name, a, b) for name, a, b in pairs if name not in apart_from and a != b
+  ]

@@ -35,7 +35,7 @@ from aquila_jax.core import errors
 from aquila_jax.core.axes import Role
 from aquila_jax.core.experiment_config import MERGING_METHODS, ScaleOut
 from aquila_jax.core.lineage import Event, Lineage
-from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.core.model_config import ModelConfig, differences
 from aquila_jax.core.model_dir import StoredModel
 from aquila_jax.core.moments import AdamMoments
 from aquila_jax.growth import checking, merging, upcycling_exactness
@@ -399,22 +399,8 @@ def check_same(source: ModelConfig, other: ModelConfig, *, what: str) -> None:
   Raises:
     errors.UserError: naming the field.
   """
-  for field in dataclasses.fields(ModelConfig):
-    given, needed = getattr(other, field.name), getattr(source, field.name)
-    if field.name not in _MAY_DIFFER and given != needed:
-      raise errors.UserError(
-        f"{what}: its {field.name} is {given!r}, the source's {needed!r};"
-        " expected models of one architecture"
-      )
-
-
-# Of models that are mixed: what says nothing of their leaves or their function.
-_MAY_DIFFER = (
-  "context_length",
-  "init_std",
-  "remat",
-  "attention_implementation",
-  "scan_layers",
-  "param_dtype",
-  "compute_dtype",
-)
+  for name, given, needed in differences(other, source):
+    raise errors.UserError(
+      f"{what}: its {name} is {given!r}, the source's {needed!r};"
+      " expected models of one architecture"
+    )

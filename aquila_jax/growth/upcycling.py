@@ -26,7 +26,7 @@ from jaxtyping import Float
 
 from aquila_jax.core import errors
 from aquila_jax.core.experiment_config import ScaleOut
-from aquila_jax.core.model_config import ModelConfig, MoeConfig
+from aquila_jax.core.model_config import ModelConfig, MoeConfig, differences
 from aquila_jax.growth.methods import option
 from aquila_jax.growth.scale_up import refuse_masked
 
@@ -35,29 +35,8 @@ from aquila_jax.growth.scale_up import refuse_masked
 _REDRAW = {"drop_upcycling": 0.5}
 _NOISE = {"noise": 0.1}
 
-# What the target may set anew; all else is the source's.
-_FREE = (
-  "moe",
-  "mlp_dim",
-  "context_length",
-  "init_std",
-  "remat",
-  "attention_implementation",
-  "scan_layers",
-  "param_dtype",
-  "compute_dtype",
-)
 # Of a mixture that becomes a larger one; its dense FFNs are looked at apart.
-_FREE_OF_EXPERTS = (
-  "num_experts",
-  "top_k",
-  "router_init_std",
-  "capacity_factor",
-  "block_size",
-  "input_jitter",
-  "logit_noise",
-  "dense_mlp_dim",
-)
+_FREE_OF_EXPERTS = ("moe.num_experts", "moe.top_k", "moe.dense_mlp_dim")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -306,11 +285,10 @@ def check_kept(source: ModelConfig, target: ModelConfig, *, path: str) -> None:
     errors.UserError: naming the field and both values.
   """
   refuse_masked(source)
-  for field in dataclasses.fields(ModelConfig):
-    given, needed = getattr(target, field.name), getattr(source, field.name)
-    if field.name not in _FREE and given != needed:
+  for name, given, needed in differences(target, source):
+    if name != "mlp_dim" and name.split(".")[0] != "moe":
       raise errors.UserError(
-        f"{path}.{field.name}={given!r}: expected the source's {needed!r};"
+        f"{path}.{name}={given!r}: expected the source's {needed!r};"
         " Scale-Out makes experts of FFNs, Scale-Up changes sizes"
       )
 
@@ -319,17 +297,13 @@ def _check_experts(
   source: ModelConfig, target: ModelConfig, options: ScaleOut, *, path: str
 ) -> None:
   """Refuses another kind of mixture than the source is."""
-  old, new = source.moe, target.moe
-  assert old is not None
-  assert new is not None
-  for field in dataclasses.fields(MoeConfig):
-    given, needed = getattr(new, field.name), getattr(old, field.name)
-    same = given == needed
-    if field.name == "layers":
-      same = source.moe_layers == target.moe_layers
-    if field.name not in _FREE_OF_EXPERTS and not same:
+  assert source.moe is not None
+  assert target.moe is not None
+  for name, given, needed in differences(target, source):
+    same = name == "moe.layers" and source.moe_layers == target.moe_layers
+    if name.startswith("moe.") and name not in _FREE_OF_EXPERTS and not same:
       raise errors.UserError(
-        f"{path}.moe.{field.name}={given!r}: expected the source's {needed!r};"
+        f"{path}.{name}={given!r}: expected the source's {needed!r};"
         " a mixture grows in the number of its experts"
       )
   if options.router != "normal":
@@ -340,7 +314,7 @@ def _check_experts(
   if options.sources:
     raise errors.UserError(
       f"{option(path, 'sources')}: expected none; the source has"
-      f" {old.num_experts} experts, and dense models are mixed"
+      f" {source.moe.num_experts} experts, and dense models are mixed"
     )
 
 

@@ -19,7 +19,7 @@ from aquila_jax.core.experiment_config import (
   TrainConfig,
 )
 from aquila_jax.core.lineage import Event, Lineage
-from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.core.model_config import ModelConfig, differences
 from aquila_jax.core.model_dir import (
   StoredModel,
   load_model,
@@ -36,17 +36,7 @@ from aquila_jax.pipeline.learned_growth import GrowthJob, learn_growth
 from aquila_jax.sharding.rules import param_shardings
 from aquila_jax.training.inputs import prepared_input
 
-# What a MODEL may be trained with other than it was made with.
-_FREE = (
-  "context_length",
-  "init_std",
-  "remat",
-  "attention_implementation",
-  "scan_layers",
-  "param_dtype",
-  "compute_dtype",
-)
-# And what a stage does not set but takes from the MODEL.
+# What a stage does not set but takes from the MODEL.
 _TAKEN = ("growth_mask",)
 
 
@@ -252,12 +242,11 @@ def check_same_architecture(
   Raises:
     errors.UserError: naming the field and both values.
   """
-  source, target = source.spelled_out(), target.spelled_out()
-  for field in dataclasses.fields(ModelConfig):
-    wanted, found = getattr(target, field.name), getattr(source, field.name)
-    if field.name not in _FREE + _TAKEN and wanted != found:
+  found = differences(target.spelled_out(), source.spelled_out())
+  for name, wanted, given in found:
+    if name not in _TAKEN:
       raise errors.UserError(
-        f"{path}.{field.name}={wanted!r}: the MODEL has {found!r}; a stage that"
+        f"{path}.{name}={wanted!r}: the MODEL has {given!r}; a stage that"
         " loads a MODEL takes it as it is"
       )
 

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 
 from aquila_jax.core import config
-from aquila_jax.core.model_config import GrowthMask, ModelConfig, MoeConfig
+from aquila_jax.core.model_config import (
+  GrowthMask,
+  ModelConfig,
+  MoeConfig,
+  differences,
+)
 
 
 def _model(**fields) -> ModelConfig:
@@ -277,3 +282,22 @@ def test_query_heads_a_group():
 )
 def test_gates_sum_to_one(fields, sums_to_one):
   assert MoeConfig(**fields).gates_sum_to_one == sums_to_one
+
+
+@pytest.mark.parametrize(
+  ("fields", "expected"),
+  [
+    (dict(remat="full", scan_layers=False, compute_dtype="float32"), []),
+    (dict(moe=MoeConfig(capacity_factor=2.0, use_routing_kernel=False)), []),
+    (
+      dict(num_layers=3, moe=MoeConfig(top_k=1, block_size=8)),
+      [("num_layers", 3, 2), ("moe.top_k", 1, 2)],
+    ),
+    (dict(moe=None), [("moe", None, MoeConfig())]),
+  ],
+)
+def test_differences_are_of_architecture(
+  fields: dict[str, Any], expected: list[tuple[str, Any, Any]]
+):
+  one = _model(**dict(moe=MoeConfig()) | fields)
+  assert differences(one, _model(moe=MoeConfig())) == expected
