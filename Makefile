@@ -14,12 +14,14 @@ PARITY := $(VENV)/parity
 PARITY_BIN := $(PARITY)/bin/python
 TPU := $(VENV)/tpu
 TPU_BIN := $(TPU)/bin/python
+GPU := $(VENV)/gpu
+GPU_BIN := $(GPU)/bin/python
 PIP := "$(BIN)" -m pip --disable-pip-version-check
 RUN := "$(BIN)" -m aquila_jax.cli.efficient_scale
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart smoke smollm2 smollm2-exact smollm2-trained \
-  reproduce-scale-up reproduce-scale-out test parity tpu lint format typecheck clean
+  reproduce-scale-up reproduce-scale-out test parity tpu gpu lint format typecheck clean
 
 help:
 	@echo "make quickstart   install, fetch the text, run EfficientScale, report"
@@ -31,6 +33,7 @@ help:
 	@echo "make test         install and run every test"
 	@echo "make parity       our models against those of transformers, with torch"
 	@echo "make tpu          kernels through the TPU's compiler, which needs no TPU"
+	@echo "make gpu          kernels through Triton's, which needs no GPU"
 	@echo "make lint         ruff: format and rules     make typecheck  pyright"
 	@echo "make format       ruff: rewrite              make clean      remove .venv"
 	@echo "Variables: PYTHON=$(PYTHON) WORKDIR=$(WORKDIR)"
@@ -117,6 +120,12 @@ tpu: $(TPU)/installed
 	@JAX_PLATFORMS=cpu "$(TPU_BIN)" -m pytest -q --confcutdir=tests/tpu \
 	  -o python_files='*_tpu.py' $(PYTEST_FLAGS) tests/tpu
 
+# In an environment of its own, with triton: so does a GPU's.
+gpu: $(GPU)/installed
+	@JAX_PLATFORMS=cpu "$(GPU_BIN)" -m pytest -q --confcutdir=tests/gpu \
+	  -n "$(TEST_WORKERS)" --maxprocesses 8 --dist worksteal \
+	  -o python_files='*_gpu.py' $(PYTEST_FLAGS) tests/gpu
+
 lint: $(VENV)/installed-dev
 	@"$(BIN)" -m ruff format --check .
 	@"$(BIN)" -m ruff check .
@@ -164,6 +173,13 @@ $(TPU)/installed: $(VENV)/created setup.py
 	@"$(PYTHON)" -m venv "$(TPU)"
 	@"$(TPU_BIN)" -m pip --disable-pip-version-check install --quiet \
 	  --editable ".[tpu,test]"
+	@touch "$@"
+
+$(GPU)/installed: $(VENV)/created setup.py
+	@echo "Installing aquila_jax[triton] into $(GPU) (triton: a minute) ..."
+	@"$(PYTHON)" -m venv "$(GPU)"
+	@"$(GPU_BIN)" -m pip --disable-pip-version-check install --quiet \
+	  --editable ".[triton,test]"
 	@touch "$@"
 
 $(VENV)/installed-dev: $(VENV)/installed-test

@@ -46,6 +46,8 @@ _DEPENDENCIES = [
 _EXTRAS = {
   "cuda": ["jax[cuda12]>=0.10.2"],
   "tpu": ["jax[tpu]>=0.10.2"],
+  # `make gpu`: what Triton makes of kernels where there is no GPU.
+  "triton": ["triton>=3.9"],
   # Sources of the form hf:NAME.
   "hf": ["datasets>=4"],
   "eval": ["lm-eval[hf]>=0.4.13"],

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from absl import logging
 from jaxtyping import Array, Bool, Float
 
-from aquila_jax.kernels.topk_routing import pallas_tpu, reference
+from aquila_jax.kernels.topk_routing import pallas_gpu, pallas_tpu, reference
 from aquila_jax.kernels.topk_routing.rule import (
   Gradients,
   Residuals,
@@ -18,7 +18,7 @@ from aquila_jax.kernels.topk_routing.rule import (
   RoutingRule,
 )
 
-Implementation = Literal["xla", "pallas_tpu"]
+Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
 
 
 @runtime_checkable
@@ -53,6 +53,7 @@ class Backend(Protocol):
 _BACKENDS: dict[str, Backend] = {
   "xla": reference.Xla(),
   "pallas_tpu": pallas_tpu.PallasTpu(),
+  "pallas_gpu": pallas_gpu.PallasGpu(),
 }
 
 
@@ -174,7 +175,8 @@ def platform_default() -> Implementation:
   """The backend of this platform; logged once.
 
   Over several devices the compiler cannot split a kernel, and the operations of
-  the reference it can.
+  the reference it can. pallas_gpu is by name only: it compiles for GPUs (`make
+  gpu`), but has not run on one yet.
   """
   platform = jax.default_backend()
   is_tpu = platform == "tpu" and jax.device_count() == 1

@@ -1,8 +1,8 @@
 """Selection on a TPU's vectors: tokens lie on lanes, experts on sublanes.
 
 A vector is [8, W]: eight experts, or the eight best so far, of W tokens. What
-is compared are keys: int32 in the order of the float32 they stand for, NaN
-included. A key and its expert travel together; ties go to the lower expert.
+is compared are the keys of total_order.py. A key and its expert travel
+together; ties go to the lower expert.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
+
+from aquila_jax.kernels.topk_routing.total_order import NO_EXPERT, NO_KEY
 
 SUBLANES = 8
 LANES = 128
-# Below every key but that of one NaN, and behind every expert.
-NO_KEY = -(2**31)
-NO_EXPERT = 2**30
 # In the place of -infinity as a factor: exp of it is 0, and 0 times it is 0.
 LEAST = -1e30
 
@@ -53,18 +52,6 @@ def sigmoid(x: Vector) -> tuple[Vector, Vector]:
   score = jnp.where(x < 0, small, 1.0) / (1 + small)
   log_score = jnp.minimum(x, 0.0) - jnp.log(1 + small)
   return score, jnp.maximum(log_score, LEAST)
-
-
-def key(x: Float[Array, "N W"]) -> Int[Array, "N W"]:
-  """Integers in the order of `x`, as `jax.lax.top_k` orders it."""
-  bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-  return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-def value(keys: Int[Array, "N W"]) -> Float[Array, "N W"]:
-  """What `key` was of."""
-  bits = keys ^ ((keys >> 31) & 0x7FFFFFFF)
-  return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def rows(width: int) -> Vector:

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from aquila_jax.kernels.topk_routing import lanes as vec
+from aquila_jax.kernels.topk_routing import total_order
 from aquila_jax.kernels.topk_routing.grid import KernelShape
 from aquila_jax.kernels.topk_routing.lanes import LANES, SUBLANES
 from aquila_jax.kernels.topk_routing.tpu_forward import triangle
@@ -199,7 +200,9 @@ def _add_sums(ref, valid, scores, inverse, product, total, logsumexp) -> None:
 def _best(ranks: list[jax.Array], top_k: int) -> list[jax.Array]:
   """The experts of the largest ranks, best first, lower ones first on ties."""
   # NO_KEY is below all: of the one NaN that has it, the next is as good.
-  keys = [jnp.maximum(vec.key(rank), vec.NO_KEY + 1) for rank in ranks]
+  keys = [
+    jnp.maximum(total_order.key(rank), total_order.NO_KEY + 1) for rank in ranks
+  ]
   experts = []
   for j in range(top_k):
     best, expert = keys[0], jnp.zeros_like(keys[0])
@@ -210,7 +213,8 @@ def _best(ranks: list[jax.Array], top_k: int) -> list[jax.Array]:
     experts.append(expert)
     if j < top_k - 1:
       keys = [
-        jnp.where(expert == e, vec.NO_KEY, key) for e, key in enumerate(keys)
+        jnp.where(expert == e, total_order.NO_KEY, key)
+        for e, key in enumerate(keys)
       ]
   return experts
 

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from aquila_jax.kernels.topk_routing import lanes as vec
+from aquila_jax.kernels.topk_routing import total_order
 from aquila_jax.kernels.topk_routing.grid import KernelShape
 from aquila_jax.kernels.topk_routing.lanes import LANES, SUBLANES
 from aquila_jax.kernels.topk_routing.tuning import Blocks
@@ -179,10 +180,10 @@ def _keys(ref: Refs, shape: Shape, at: _At) -> Iterator[vec.Ranked]:
         ranks = jax.nn.sigmoid(x)
       column = ref.bias[at.tile(t)[0], :]
       ranks = ranks + jnp.concatenate([column] * (at.width // LANES), axis=1)
-    key = vec.key(ranks)
+    key = total_order.key(ranks)
     if SUBLANES * (t + 1) > shape.num_experts:
       inside = expert < shape.num_experts
-      key = jnp.where(inside, key, vec.NO_KEY)
+      key = jnp.where(inside, key, total_order.NO_KEY)
       x = jnp.where(inside, x, -jnp.inf)
     ref.keys[at.tile(t)] = key
     if shape.copies_logits:
@@ -262,15 +263,15 @@ def _choose_again(ref: Refs, shape: Shape, at: _At) -> None:
   used = vec.rows(at.width) < shape.rule.top_k
   columns = []
   for member in range(size):
-    key = jnp.full_like(winners, vec.NO_KEY)
+    key = jnp.full_like(winners, total_order.NO_KEY)
     for s in range(shape.num_sets):
       t = s * size + member
       if t < shape.num_tiles:
         key = jnp.where(is_set[s], vec.take(ref.keys[at.tile(t)], sublane), key)
     expert = (number * size + member) * SUBLANES + sublane
     if shape.rule.top_k < SUBLANES:
-      key = jnp.where(used, key, vec.NO_KEY)
-      expert = jnp.where(used, expert, vec.NO_EXPERT)
+      key = jnp.where(used, key, total_order.NO_KEY)
+      expert = jnp.where(used, expert, total_order.NO_EXPERT)
     columns.append((key, expert))
   ordered = vec.sort_columns(columns, shape.rule.top_k)
   best = vec.best_sublanes(ordered, shape.rule.top_k)
@@ -290,8 +291,8 @@ def _choose_many(ref: Refs, shape: Shape, at: _At) -> None:
       left = (key < last_key) | equal
       columns.append(
         (
-          jnp.where(left, key, vec.NO_KEY),
-          jnp.where(left, expert, vec.NO_EXPERT),
+          jnp.where(left, key, total_order.NO_KEY),
+          jnp.where(left, expert, total_order.NO_EXPERT),
         )
       )
     key, expert = vec.best_sublanes([_best_left(columns)], 1)
@@ -306,7 +307,7 @@ def _choose_many(ref: Refs, shape: Shape, at: _At) -> None:
     )
 
   def eight(i, last):
-    none = jnp.full((SUBLANES, at.width), vec.NO_KEY, jnp.int32)
+    none = jnp.full((SUBLANES, at.width), total_order.NO_KEY, jnp.int32)
     *last, keys, experts = jax.lax.fori_loop(
       0, SUBLANES, next_best, (*last, none, jnp.zeros_like(none))
     )
@@ -387,7 +388,7 @@ def _largest(ref: Refs, shape: Shape, at: _At) -> jax.Array:
   """The largest logit of each token, [8 W]."""
   if ref.bias is None:
     keys = ref.best_keys[at.tile(0)]
-    return jnp.broadcast_to(vec.value(keys)[:1], keys.shape)
+    return jnp.broadcast_to(total_order.value(keys)[:1], keys.shape)
   largest = ref.x[at.tile(0)]
   for t in range(1, shape.num_tiles):
     largest = jnp.maximum(largest, ref.x[at.tile(t)])
@@ -422,7 +423,7 @@ def _look_up_chosen(ref: Refs, shape: Shape, at: _At, i) -> None:
   experts = ref.best_experts[at.tile(i)]
   ref.experts[at.tile(i)] = experts
   if ref.bias is None:
-    ref.chosen[at.tile(i)] = vec.value(ref.best_keys[at.tile(i)])
+    ref.chosen[at.tile(i)] = total_order.value(ref.best_keys[at.tile(i)])
     return
   ref.chosen[at.tile(i)] = at_experts(
     (ref.x[at.tile(t)] for t in range(shape.num_tiles)), experts
