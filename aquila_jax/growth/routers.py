@@ -24,7 +24,7 @@ from scipy.cluster import vq
 
 from aquila_jax.core import errors
 from aquila_jax.core.model_config import ModelConfig
-from aquila_jax.layers.moe.layer import make_choice
+from aquila_jax.layers.moe.mixture import make_choice
 from aquila_jax.layers.moe.router import Affinity, Router
 from aquila_jax.layers.moe.selection import choose
 

@@ -22,7 +22,7 @@ from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.growth.grown_tree import Index, LeafSpec, Tree, slices
 from aquila_jax.kernels.expert_ffn.api import expert_ffn
 from aquila_jax.layers.feed_forward import KERNEL_AXES, mask_rows
-from aquila_jax.layers.moe.layer import make_choice
+from aquila_jax.layers.moe.mixture import make_choice
 from aquila_jax.layers.moe.router import Router
 from aquila_jax.layers.moe.shared_expert import SharedExpert
 from aquila_jax.models import decoder_lm, layer_runs

@@ -210,8 +210,13 @@ def test_sharded_loss_and_gradients_equal_unsharded_ones(config, mesh_config):
   mesh = make_mesh(mesh_config)
   shardings = _shardings(config, mesh)
   rows = batch_sharding(mesh)
+
+  def loss_on_mesh(*arguments):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return _loss(config, *arguments)
+
   value_and_grad = jax.jit(
-    jax.value_and_grad(functools.partial(_loss, config)),
+    jax.value_and_grad(loss_on_mesh),
     in_shardings=(shardings, rows, rows, rows),
     out_shardings=(None, shardings),
   )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import jax
 from absl import logging
 from jaxtyping import Array, Float, Int
 
 from aquila_jax.core.model_config import AttentionImplementation
 from aquila_jax.kernels.attention import chunked, cudnn, reference, splash
 from aquila_jax.kernels.attention.mesh_axes import UNDIVIDED, MeshAxes
+from aquila_jax.kernels.target import target
 
 _NAMES = ("xla", "chunked", "splash", "cudnn")
 # Where those run that do not run anywhere.
@@ -76,7 +76,7 @@ def _choose(
   query: Float[Array, "B T K G H"], *, mesh_axes: MeshAxes
 ) -> AttentionImplementation:
   """The kernel of the platform if it can, else by length; says so once."""
-  platform, reason = jax.default_backend(), ""
+  platform, reason = target().platform, ""
   chosen = "xla" if query.shape[1] <= LONGEST_WHOLE else "chunked"
   if platform in _KERNELS:
     try:
@@ -101,7 +101,7 @@ def _check(
     raise NotImplementedError(
       f"implementation={name!r}; there are {', '.join(_NAMES)}"
     )
-  needed, platform = _PLATFORMS.get(name), jax.default_backend()
+  needed, platform = _PLATFORMS.get(name), target().platform
   if needed not in (None, platform):
     raise NotImplementedError(
       f"implementation={name!r} needs a {needed.upper()}; this is {platform}"

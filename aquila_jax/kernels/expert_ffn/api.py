@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Literal
 
-import jax
 from absl import logging
 from jaxtyping import Array, Float, Int
 
@@ -15,6 +14,7 @@ from aquila_jax.kernels.expert_ffn import (
   ragged,
   reference,
 )
+from aquila_jax.kernels.target import is_whole, target
 
 Implementation = Literal["xla", "ragged_dot", "cpu_loop", "pallas_gpu"]
 _BACKENDS = {
@@ -61,20 +61,25 @@ def expert_ffn(
   )
 
 
-@functools.cache
 def platform_default() -> Implementation:
-  """The backend that measured best here; logged once.
+  """The backend that measured best for what is compiled; logged once.
 
-  On one GPU pallas_gpu: of a matmul's rate it gets half, forward and backward,
+  On a GPU pallas_gpu: of a matmul's rate it gets half, forward and backward,
   where gathered kernels and ragged_dot get a tenth and take many times the
-  memory (benchmarks/results/expert_ffn_gpu.json, an H200). Over several devices
-  the compiler cannot split its kernels, and gathered ones it can.
+  memory (benchmarks/results/expert_ffn_gpu.json, an H200). A kernel has to have
+  the arrays whole, as on one device or in shard_map; elsewhere the compiler
+  divides gathered kernels.
   """
-  platform = jax.default_backend()
+  platform, whole = target().platform, is_whole()
   name: Implementation = "xla"
   if platform == "cpu":
     name = "cpu_loop"
-  elif platform == "gpu" and jax.device_count() == 1:
+  elif platform == "gpu" and whole:
     name = "pallas_gpu"
-  logging.info("expert_ffn: %s on %s", name, platform)
+  _say_once(f"expert_ffn: {name} on {platform}{'' if whole else 's'}")
   return name
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+  logging.info(message)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from aquila_jax.core import dtypes
 from aquila_jax.kernels.expert_ffn import swiglu
+from aquila_jax.kernels.target import target
 
 Kernels = tuple[
   Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]
@@ -51,7 +52,7 @@ def expert_ffn(
   Raises:
     NotImplementedError: off GPUs.
   """
-  if not interpret and jax.default_backend() != "gpu":
+  if not interpret and target().platform != "gpu":
     raise NotImplementedError("implementation='pallas_gpu' needs a GPU")
   return _expert_ffn(interpret, rows, kernels, block_expert, num_blocks)
 

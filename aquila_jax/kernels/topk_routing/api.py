@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from absl import logging
 from jaxtyping import Array, Bool, Float
 
+from aquila_jax.kernels.target import is_whole, target
 from aquila_jax.kernels.topk_routing import pallas_gpu, pallas_tpu, reference
 from aquila_jax.kernels.topk_routing.rule import (
   Gradients,
@@ -170,18 +171,16 @@ def _routed_backward(backend, rule, num_rows, residuals, grads: Routed):
 _routed.defvjp(_routed_forward, _routed_backward)
 
 
-@functools.cache
 def platform_default() -> Implementation:
-  """The backend of this platform; logged once.
+  """The backend of what is compiled for; logged once.
 
-  Over several devices the compiler cannot split a kernel, and the operations of
-  the reference it can. pallas_gpu is by name only: it compiles for GPUs (`make
-  gpu`), but has not run on one yet.
+  A kernel has to have the arrays whole, as on one device or in shard_map;
+  elsewhere the compiler divides the operations of the reference. pallas_gpu is
+  by name only: it compiles for GPUs (`make gpu`), but has not run on one yet.
   """
-  platform = jax.default_backend()
-  is_tpu = platform == "tpu" and jax.device_count() == 1
-  name: Implementation = "pallas_tpu" if is_tpu else "xla"
-  logging.info("topk_routing: %s on %s", name, platform)
+  platform, whole = target().platform, is_whole()
+  name: Implementation = "pallas_tpu" if platform == "tpu" and whole else "xla"
+  _say_once(f"topk_routing: {name} on {platform}{'' if whole else 's'}")
   return name
 
 

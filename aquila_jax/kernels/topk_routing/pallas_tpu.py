@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
+from aquila_jax.kernels.target import target
 from aquila_jax.kernels.topk_routing import (
   few_experts,
   tpu_backward,
@@ -45,7 +46,7 @@ _WITHOUT_GATHER = ("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite")
 class PallasTpu:
   """The backend; api.py has its interface."""
 
-  # None is the first device's; another where a program is compiled for it.
+  # None is the target's (kernels/target.py).
   device_kind: str | None = None
   blocks: Blocks | None = None  # None looks them up
   interpret: bool = False  # runs the bodies anywhere; for tests
@@ -54,8 +55,8 @@ class PallasTpu:
     self, rule: RoutingRule, dtype: jnp.dtype, num_experts: int
   ) -> str | None:
     """A reason, or None."""
-    if self.device_kind is None and jax.default_backend() != "tpu":
-      return f"TPU, but {jax.default_backend()}"
+    if self.device_kind is None and target().platform != "tpu":
+      return f"TPU, but {target().platform}"
     if self._kind in _WITHOUT_GATHER:
       return f"kernel for {self._kind}"
     if rule.limits_groups:
@@ -165,7 +166,7 @@ class PallasTpu:
 
   @property
   def _kind(self) -> str:
-    return self.device_kind or jax.devices()[0].device_kind
+    return self.device_kind or target().device_kind
 
   def _grid(
     self, num_tokens: int, num_experts: int, rule: RoutingRule, num_rows: int

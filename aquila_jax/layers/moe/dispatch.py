@@ -31,7 +31,9 @@ class Meetings(struct.PyTreeNode):
   assigned: Leaf  # bool [M E]; chosen, whether or not a slot was found
   ids: Leaf  # int [M A]; the experts of a token, -1 is none
   top_gate: Leaf  # float [M]; a token's largest gate, 0 where it has none
-  dropped: Leaf  # float []; the share that the dispatcher could not serve
+  # float []; valid tokens that the dispatcher could not serve, one of which it
+  # could serve a part as that part
+  dropped: Leaf
 
 
 @runtime_checkable
@@ -79,16 +81,14 @@ class TokenDispatch(struct.PyTreeNode):
     return jnp.einsum("MAD,MA->MD", routed, gates.astype(routed.dtype))
 
   def meetings(self) -> Meetings:
-    """`dropped` is the share of the valid tokens' assignments."""
+    """A token has a part for each of its assignments."""
     routing, valid = self.routing, self.routing.valid[:, None]
-    num_assigned = jnp.maximum(jnp.sum(valid) * self.kept.shape[1], 1)
-    dtype = routing.gates.dtype
-    lost = jnp.sum(valid & ~self.kept).astype(dtype)
+    lost = jnp.sum(valid & ~self.kept).astype(routing.gates.dtype)
     return Meetings(
       assigned=chosen_by(routing.experts, routing.counts.size) & valid,
       ids=jnp.where(valid, routing.experts, -1),
       top_gate=jnp.max(routing.gates, axis=-1),
-      dropped=lost / num_assigned.astype(dtype),
+      dropped=lost / self.kept.shape[1],
     )
 
 
@@ -108,25 +108,8 @@ class Dropless:
   block_size: int
 
   def place(self, routing: Routing) -> TokenDispatch:
-    counts = routing.counts
-    num_experts, num_rows = counts.size, routing.experts.size
-    size = self.block_size
-    # sum_e ceil(c_e / Q) <= (R + E (Q - 1)) / Q
-    max_blocks = (num_rows + num_experts * (size - 1)) // size
-    blocks = -(-counts // size)
-    last_block = jnp.cumsum(blocks, dtype=jnp.int32)
-    first_slot = (last_block - blocks) * size
-    block_expert = jnp.searchsorted(
-      last_block, jnp.arange(max_blocks, dtype=jnp.int32), side="right"
-    )
-    return _place(
-      routing,
-      slot=first_slot[routing.experts.reshape(-1)]
-      + routing.positions.reshape(-1),
-      fits=jnp.ones(num_rows, bool),
-      num_slots=max_blocks * size,
-      block_expert=jnp.minimum(block_expert, num_experts - 1),
-      num_blocks=last_block[-1],
+    return _place_in_blocks(
+      routing, counts=routing.counts, block_size=self.block_size
     )
 
 
@@ -141,8 +124,8 @@ class Capacity:
   factor: float
 
   def place(self, routing: Routing) -> TokenDispatch:
-    num_experts, num_rows = routing.counts.size, routing.experts.size
-    capacity = max(1, math.ceil(self.factor * num_rows / num_experts))
+    num_experts = routing.counts.size
+    capacity = _capacity(self.factor, routing, num_parts=1)
     position = routing.positions.reshape(-1)
     return _place(
       routing,
@@ -154,11 +137,51 @@ class Capacity:
     )
 
 
-def make_placement(config: MoeConfig) -> Placement:
-  """The placement that `config` asks for."""
-  if config.capacity_factor is None:
-    return Dropless(config.block_size)
-  return Capacity(config.capacity_factor)
+@dataclasses.dataclass(frozen=True)
+class DividedCapacity:
+  """`Capacity` of a batch whose tokens lie on several devices, in shard_map.
+
+  An expert's slots are the batch's: a device has room for all that its tokens
+  choose, and drops what those of earlier devices have left no slot for.
+  """
+
+  factor: float
+  block_size: int
+  axes: tuple[str, ...]  # of the mesh, that tokens are divided over
+
+  def place(self, routing: Routing) -> TokenDispatch:
+    counts = jax.lax.all_gather(routing.counts, self.axes)  # (parts, E)
+    parts = jnp.arange(counts.shape[0])
+    earlier = (parts < jax.lax.axis_index(self.axes))[:, None]
+    before = jnp.sum(jnp.where(earlier, counts, 0), axis=0)
+    capacity = _capacity(self.factor, routing, num_parts=counts.shape[0])
+    left = jnp.maximum(capacity - before, 0)
+    return _place_in_blocks(
+      routing,
+      counts=jnp.minimum(routing.counts, left),
+      block_size=self.block_size,
+    )
+
+
+def make_placement(
+  config: MoeConfig, *, divided_over: tuple[str, ...] = ()
+) -> Placement:
+  """The placement that `config` asks for.
+
+  Args:
+    config: block size, capacity.
+    divided_over: axes of the mesh, in shard_map; none where a device has all
+      tokens.
+
+  Returns:
+    The placement.
+  """
+  factor, block_size = config.capacity_factor, config.block_size
+  if factor is None:
+    return Dropless(block_size)
+  if divided_over:
+    return DividedCapacity(factor, block_size, divided_over)
+  return Capacity(factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +189,7 @@ class TokenChoice:
   """Every token goes to its own `top_k` experts."""
 
   config: MoeConfig
+  divided_over: tuple[str, ...] = ()  # as in make_placement
 
   def dispatch(
     self, affinity: Affinity, *, num_rows: int
@@ -179,8 +203,41 @@ class TokenChoice:
       # The routing's is of the logits, normalised and with their noise.
       z=routed.z if is_plain else squared_logsumexp(affinity),
     )
-    placement = make_placement(self.config)
+    placement = make_placement(self.config, divided_over=self.divided_over)
     return placement.place(routing(routed, affinity)), sums
+
+
+def _capacity(factor: float, routing: Routing, *, num_parts: int) -> int:
+  """An expert's slots, of a batch of so many times the assignments."""
+  num_rows = num_parts * routing.experts.size
+  return max(1, math.ceil(factor * num_rows / routing.counts.size))
+
+
+def _place_in_blocks(
+  routing: Routing, *, counts: Int[Array, "E"], block_size: int
+) -> TokenDispatch:
+  """Each expert's first `counts` assignments, in blocks of one expert."""
+  num_experts, num_rows = counts.size, routing.experts.size
+  # sum_e ceil(c_e / Q) <= (R + E (Q - 1)) / Q
+  max_blocks = (num_rows + num_experts * (block_size - 1)) // block_size
+  blocks = -(-counts // block_size)
+  last_block = jnp.cumsum(blocks, dtype=jnp.int32)
+  first_slot = (last_block - blocks) * block_size
+  block_expert = jnp.searchsorted(
+    last_block, jnp.arange(max_blocks, dtype=jnp.int32), side="right"
+  )
+  experts, positions = (
+    routing.experts.reshape(-1),
+    routing.positions.reshape(-1),
+  )
+  return _place(
+    routing,
+    slot=first_slot[experts] + positions,
+    fits=positions < counts[experts],
+    num_slots=max_blocks * block_size,
+    block_expert=jnp.minimum(block_expert, num_experts - 1),
+    num_blocks=last_block[-1],
+  )
 
 
 def _place(

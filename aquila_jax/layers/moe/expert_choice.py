@@ -48,7 +48,7 @@ class ExpertDispatch(struct.PyTreeNode):
     return out.at[self.tokens].add(weighted, mode="drop")
 
   def meetings(self) -> Meetings:
-    """`dropped` is the share of the valid tokens that meet no expert."""
+    """`dropped` are valid tokens that meet no expert."""
     (num_experts, _), num_tokens = self.tokens.shape, self.valid.shape[0]
     every = jnp.arange(num_experts, dtype=self.block_expert.dtype)
     pairs = (self.tokens, every[:, None])
@@ -58,12 +58,11 @@ class ExpertDispatch(struct.PyTreeNode):
       jnp.zeros(shape, self.gates.dtype).at[pairs].set(self.gates, mode="drop")
     )
     alone = self.valid & ~jnp.any(assigned, axis=1)
-    num_valid = jnp.maximum(jnp.sum(self.valid), 1).astype(gates.dtype)
     return Meetings(
       assigned=assigned,
       ids=jnp.where(assigned, every[None], -1),
       top_gate=jnp.max(gates, axis=-1),
-      dropped=jnp.sum(alone).astype(gates.dtype) / num_valid,
+      dropped=jnp.sum(alone).astype(gates.dtype),
     )
 
 

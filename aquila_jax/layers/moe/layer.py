@@ -1,42 +1,20 @@
-"""The mixture of experts: router -> choice -> gather -> experts -> combine."""
+"""The mixture of experts: a router, routed experts, and a shared one."""
 
 from __future__ import annotations
-
-from typing import Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from aquila_jax.core import axes
-from aquila_jax.core.model_config import ModelConfig, MoeConfig
+from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.types import RoutingStats
-from aquila_jax.kernels.expert_ffn import api as expert_ffn
 from aquila_jax.layers import feed_forward
 from aquila_jax.layers.moe import losses
-from aquila_jax.layers.moe.dispatch import Dispatch, Meetings, TokenChoice
-from aquila_jax.layers.moe.expert_choice import ExpertChoice
-from aquila_jax.layers.moe.router import Affinity, Router
+from aquila_jax.layers.moe.dispatch import Meetings
+from aquila_jax.layers.moe.mixture import mixture
+from aquila_jax.layers.moe.router import Router
 from aquila_jax.layers.moe.shared_expert import SharedExpert
-
-
-@runtime_checkable
-class Choice(Protocol):
-  """Who meets whom, and where: tokens choose experts, or experts tokens."""
-
-  def dispatch(
-    self, affinity: Affinity, *, num_rows: int
-  ) -> tuple[Dispatch, losses.RoutingSums]:
-    """The plan for one batch of tokens, and sums over so many rows of it."""
-    ...
-
-
-_CHOICES = {"token": TokenChoice, "expert": ExpertChoice}
-
-
-def make_choice(config: MoeConfig) -> Choice:
-  """The choice that `config` asks for."""
-  return _CHOICES[config.choice](config)
 
 
 class MoeFeedForward(nn.Module):
@@ -68,18 +46,16 @@ class MoeFeedForward(nn.Module):
     affinity = Router(self.config, moe, name="router")(
       tokens, valid=segments.reshape(-1) > 0
     )
-    plan, sums = make_choice(moe).dispatch(affinity, num_rows=x.shape[0])
-    rows = expert_ffn.expert_ffn(
-      plan.gather(tokens),
+    out, sums, meetings = mixture(
+      tokens,
+      affinity,
       self._kernels(moe.num_experts, x.dtype, mask=mask),
-      block_expert=plan.block_expert,
-      num_blocks=plan.num_blocks,
+      config=moe,
+      num_rows=x.shape[0],
     )
-    out = plan.combine(rows)
     if moe.shared_expert_dim:
       shared = SharedExpert(self.config, name="shared")(tokens)
       out = out + shared * affinity.valid[:, None].astype(shared.dtype)
-    meetings = plan.meetings()
     self._sow(meetings, num_rows=x.shape[0])
     stats = losses.routing_stats(
       sums,

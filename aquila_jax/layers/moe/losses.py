@@ -86,7 +86,7 @@ def routing_stats(
     sums: over the tokens of B rows.
     valid: False for padding.
     top_gate: a token's largest gate.
-    dropped: the share that the dispatcher could not serve.
+    dropped: tokens that the dispatcher could not serve.
     group_counts: of `sums.counts`, those of tokens of each group.
 
   Returns:
@@ -111,7 +111,7 @@ def routing_stats(
     z_loss=sums.z / num_tokens,
     entropy=sums.entropy / num_tokens,
     top_gate=jnp.sum(jax.lax.stop_gradient(top_gate) * is_token) / num_tokens,
-    dropped=dropped,
+    dropped=dropped / num_tokens,
     group_load=group_load,
   )
 

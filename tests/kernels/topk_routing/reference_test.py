@@ -142,7 +142,9 @@ def test_bad_arguments_are_named():
   unchecked: Any = api._backend
   with pytest.raises(NotImplementedError) as error:
     unchecked.__wrapped__("fast", RoutingRule(top_k=1), logits)
-  assert str(error.value) == "implementation='fast'; there are xla, pallas_tpu"
+  assert str(error.value) == (
+    "implementation='fast'; there are xla, pallas_tpu, pallas_gpu"
+  )
 
 
 def test_a_kernel_never_runs_where_its_device_is_not():

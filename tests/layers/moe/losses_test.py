@@ -29,7 +29,7 @@ def _stats(logits=LOGITS, *, experts=EXPERTS, valid=VALID, num_rows=2):
     sums,
     valid=valid,
     top_gate=jnp.asarray([0.75, 0.5, 0.25, 7.0]),
-    dropped=jnp.asarray(1 / 3),
+    dropped=jnp.asarray(1.0),  # of three
   )
 
 
