@@ -42,13 +42,12 @@ Row = dict[str, Any]
 def _candidates(work: Workload) -> Iterator[tuple[str, GpuBlocks]]:
   default = default_blocks(work.num_experts)
   yield "kernel", default
-  for factor in (0.25, 0.5, 2, 4):
-    for warps in (1, 2, 4, 8):
-      tokens = int(default.tokens * factor)
-      if tokens >= 1:
+  for tokens in {max(1, default.tokens // 2), default.tokens * 2}:
+    for groups in (1, 4, 16):
+      for warps in (1, 2, 4):
         yield (
-          f"{tokens} tokens, {warps} warps",
-          GpuBlocks(tokens=tokens, warps=warps),
+          f"{groups} x {tokens} tokens, {warps} warps",
+          GpuBlocks(tokens=tokens, groups=groups, warps=warps),
         )
 
 
@@ -107,7 +106,7 @@ def _by_jax(
 
 def _by_torch(work: Workload, *, num_tokens: int, calls: int) -> Iterator[Row]:
   """The same from torch.compile, with its own gradient."""
-  import torch  # noqa: PLC0415
+  import torch  # pyright: ignore[reportMissingImports]
 
   def forward(logits):
     chosen, experts = torch.topk(logits, work.top_k, dim=-1)
@@ -152,7 +151,7 @@ def _by_torch(work: Workload, *, num_tokens: int, calls: int) -> Iterator[Row]:
 
 def _cuda_seconds(call: Callable[[], Any], *, calls: int) -> float:
   """As gpu_clock.seconds, of torch's stream."""
-  import torch  # noqa: PLC0415
+  import torch  # pyright: ignore[reportMissingImports]
 
   for _ in range(3):
     call()
@@ -201,7 +200,7 @@ def main(argv: list[str]) -> None:
         )
         results.append(row)
         print(
-          f"{work!s:>8}{num_tokens:>8}  {row['implementation']:<24}"
+          f"{work!s:>8}{num_tokens:>8}  {row['implementation']:<28}"
           f"{row['direction']:<18}{row['microseconds']:>9.1f} us"
           f"{row['of_copy']:>8.1%} of a copy",
           flush=True,

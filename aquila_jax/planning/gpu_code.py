@@ -19,8 +19,8 @@ from typing import Any
 
 import jax
 from jax._src.interpreters import mlir
-from jax._src.lib import triton as jaxlib_triton
-from jax._src.lib.mlir import ir
+from jaxlib.mlir import ir
+from jaxlib.triton import dialect
 
 _CALL = "__gpu$xla.gpu.triton"
 _WARP = 32  # threads
@@ -67,7 +67,7 @@ def compile_kernels(
     disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(_CALL)],
   )(*arguments)
   context = mlir.make_ir_context()
-  jaxlib_triton.dialect.register_dialect(context)
+  dialect.register_dialect(context)
   with context:
     module = ir.Module.parse(exported.mlir_module())
     return [
@@ -91,8 +91,13 @@ def _configs(operation: ir.Operation) -> list[ir.DictAttr]:
 
 
 def _compile(config: ir.DictAttr, *, capability: int) -> KernelCode:
-  import triton  # noqa: PLC0415  # only where there is one
-  from triton.backends.compiler import GPUTarget  # noqa: PLC0415
+  import triton  # pyright: ignore[reportMissingImports]
+  from triton.backends.compiler import (  # pyright: ignore[reportMissingImports]
+    GPUTarget,
+  )
+  from triton.backends.nvidia.compiler import (  # pyright: ignore[reportMissingImports]
+    get_ptxas,
+  )
 
   def number(name: str) -> int:
     return ir.IntegerAttr(config[name]).value
@@ -102,9 +107,8 @@ def _compile(config: ir.DictAttr, *, capability: int) -> KernelCode:
   warps = number("num_warps")
   with tempfile.TemporaryDirectory() as folder:
     source = pathlib.Path(folder, f"{name}.ttir")
-    source.write_text(
-      code.operation.get_asm(enable_debug_info=False), encoding="utf-8"
-    )
+    text = str(code.operation.get_asm(enable_debug_info=False))
+    source.write_text(text, encoding="utf-8")
     compiled = triton.compile(
       str(source),
       target=GPUTarget("cuda", capability, _WARP),
@@ -116,29 +120,50 @@ def _compile(config: ir.DictAttr, *, capability: int) -> KernelCode:
     )
     binary = pathlib.Path(folder, f"{name}.cubin")
     binary.write_bytes(compiled.asm["cubin"])
-    usage = _tool("cuobjdump", "-res-usage", binary)
     listing = _tool("nvdisasm", "-c", binary)
-  used = {key: int(size) for key, size in re.findall(r"(\w+):(\d+)", usage)}
+    usage = _tool("cuobjdump", "-res-usage", binary)
+    assembly = pathlib.Path(folder, f"{name}.ptx")
+    assembly.write_text(compiled.asm["ptx"], encoding="utf-8")
+    # The frame that cuobjdump states is also that of a subroutine's call.
+    spilled = _output(
+      get_ptxas(capability).path,
+      "--verbose",
+      "--regAllocOptLevel=2",  # as triton does
+      f"--gpu-name={_architecture(compiled.asm['ptx'])}",
+      f"--output-file={binary}",
+      assembly,
+    )
+  registers = re.search(r"REG:(\d+)", usage)
+  stores = re.search(r"(\d+) bytes spill stores", spilled)
+  assert registers is not None, usage
+  assert stores is not None, spilled
   return KernelCode(
     name=name,
     programs=number("grid_x") * number("grid_y") * number("grid_z"),
     warps=warps,
-    registers=used["REG"],
-    spilled_bytes=used["STACK"] + used["LOCAL"],
+    registers=int(registers[1]),
+    spilled_bytes=int(stores[1]),
     shared_bytes=compiled.metadata.shared,
     instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", listing, re.M)),
   )
 
 
 def _tool(name: str, *arguments: Any) -> str:
-  """The output of one of NVIDIA's that come with triton."""
-  import triton.backends.nvidia  # noqa: PLC0415
+  """What one of NVIDIA's that come with triton says."""
+  import triton.backends.nvidia  # pyright: ignore[reportMissingImports]
 
   path = pathlib.Path(triton.backends.nvidia.__path__[0], "bin", name)
+  return _output(path, *arguments)
+
+
+def _output(*command: Any) -> str:
   done = subprocess.run(
-    [str(path), *map(str, arguments)],
-    capture_output=True,
-    text=True,
-    check=True,
+    list(map(str, command)), capture_output=True, text=True, check=True
   )
-  return done.stdout
+  return done.stdout + done.stderr
+
+
+def _architecture(assembly: str) -> str:
+  found = re.search(r"^\.target (\w+)", assembly, re.M)
+  assert found is not None, assembly[:200]
+  return found[1]

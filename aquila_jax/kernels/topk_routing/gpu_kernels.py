@@ -1,10 +1,11 @@
 """The bodies of the GPU's kernels: a program has some tokens, and all experts.
 
-[T, E] lies in the registers of a program's warps, with T and E rounded up to
-powers of two. Experts are chosen one after the other: the largest key that is
-left, of the experts that have it the lowest. The positions of a program's
-tokens are prefix sums within it; what programs before it have placed is added
-behind the kernel (pallas_gpu.py), so that programs need no order.
+It takes its tokens in groups, one after the other: [T, E] of a group lies in
+the registers of its warps, with T and E rounded up to powers of two. Experts
+are chosen one after the other: the largest key that is left, of the experts
+that have it the lowest. The positions of a program's tokens are prefix sums
+within it; what programs before it have placed is added behind the kernel
+(pallas_gpu.py), so that programs need no order.
 """
 
 from __future__ import annotations
@@ -37,37 +38,43 @@ class Shape:
   rule: RoutingRule
   num_experts: int
   row_tokens: int
-  tokens: int  # a program
+  tokens: int  # a group
+  groups: int  # a program
   has_bias: bool
   has_valid: bool
 
   @property
   def experts(self) -> int:
-    """E of a program."""
+    """E of a group."""
     return power_of_two(self.num_experts)
 
   @property
   def slots(self) -> int:
-    """A of a program."""
+    """A of a group."""
     return power_of_two(self.rule.top_k)
 
   @property
   def programs_per_row(self) -> int:
     """Those that share the tokens of a row."""
-    return -(-self.row_tokens // self.tokens)
+    return -(-self.row_tokens // self.program_tokens)
+
+  @property
+  def program_tokens(self) -> int:
+    """Tokens of a program."""
+    return self.tokens * self.groups
 
 
-class _Program:
-  """The part of the arrays that a program has, and how it is read and written.
+class _Group:
+  """The part of the arrays that a group has, and how it is read and written.
 
   Rounding up has put more into it than there is: that is neither read nor
   written.
   """
 
-  def __init__(self, shape: Shape):
+  def __init__(self, shape: Shape, program: tuple[Any, Any], number):
     self.shape = shape
-    self.row, self.number = pl.program_id(0), pl.program_id(1)
-    first = self.number * shape.tokens
+    self.row, program_in_row = program
+    first = program_in_row * shape.program_tokens + number * shape.tokens
     start = self.row * shape.row_tokens + first
     self._tokens = pl.ds(start, shape.tokens)
     token = jnp.arange(shape.tokens, dtype=jnp.int32)
@@ -111,13 +118,6 @@ class _Program:
     at = ref.at[self._tokens, pl.ds(0, self.shape.experts)]
     plgpu.store(at, values.astype(ref.dtype), mask=self._mask)
 
-  def store_sums(self, ref, values) -> None:
-    """[T E] summed over tokens, to the program's row of [programs E]."""
-    row = self.row * self.shape.programs_per_row + self.number
-    at = ref.at[pl.ds(row, 1), pl.ds(0, self.shape.experts)]
-    total = jnp.sum(values, axis=0)[None]
-    plgpu.store(at, total.astype(ref.dtype), mask=self.is_expert)
-
   @property
   def _mask(self):
     return self.is_token[:, None] & self.is_expert
@@ -125,6 +125,15 @@ class _Program:
   @property
   def _chosen_mask(self):
     return self.is_token[:, None] & self.is_slot
+
+
+def _store_sums(shape: Shape, program: tuple[Any, Any], ref, sums) -> None:
+  """[E] to the program's row of [programs E]."""
+  row = program[0] * shape.programs_per_row + program[1]
+  expert = jnp.arange(shape.experts, dtype=jnp.int32)
+  plgpu.store(
+    ref.at[row, pl.ds(0, shape.experts)], sums, mask=expert < shape.num_experts
+  )
 
 
 class _Arguments:
@@ -154,66 +163,79 @@ def forward(*refs, shape: Shape) -> None:
   z_ref = arguments.next()  # float [M]; its part of the sum
   entropy_ref = arguments.next()  # float [M]; likewise
 
-  program, rule = _Program(shape), shape.rule
-  logits = program.of_experts(logits_ref, other=-jnp.inf)
-  largest = jnp.max(logits, axis=1)
-  # Of -infinity and infinity alike: their difference from themselves is NaN.
-  is_finite = jnp.abs(largest) < jnp.inf
-  shift = jnp.where(is_finite, largest, 0.0)
-  exp = jnp.exp(logits - shift[:, None])
-  total = jnp.sum(exp, axis=1)
-  logsumexp = jnp.log(total) + shift
-  program.store_tokens(logsumexp_ref, logsumexp)
-  probability = exp / total[:, None]
-  scores = probability
-  if rule.order == "sigmoid":
-    scores = jax.nn.sigmoid(logits)
-    probability = scores / jnp.maximum(
-      jnp.sum(scores, axis=1)[:, None], jnp.finfo(jnp.float32).tiny
+  # Not within a loop, where the interpreter has none.
+  rule, program = shape.rule, (pl.program_id(0), pl.program_id(1))
+
+  def one(number, carry):
+    counts, probabilities = carry
+    group = _Group(shape, program, number)
+    logits = group.of_experts(logits_ref, other=-jnp.inf)
+    largest = jnp.max(logits, axis=1)
+    # Of -infinity and infinity alike: their difference from themselves is NaN.
+    is_finite = jnp.abs(largest) < jnp.inf
+    shift = jnp.where(is_finite, largest, 0.0)
+    exp = jnp.exp(logits - shift[:, None])
+    total = jnp.sum(exp, axis=1)
+    logsumexp = jnp.log(total) + shift
+    group.store_tokens(logsumexp_ref, logsumexp)
+    probability = exp / total[:, None]
+    scores = probability
+    if rule.order == "sigmoid":
+      scores = jax.nn.sigmoid(logits)
+      probability = scores / jnp.maximum(
+        jnp.sum(scores, axis=1)[:, None], jnp.finfo(jnp.float32).tiny
+      )
+    ranks = logits
+    if bias_ref is not None:
+      if rule.order != "topk_then_softmax":
+        ranks = scores
+      ranks += group.of_row(bias_ref, 0)
+    experts, chosen, is_chosen = _choose(group, ranks, logits)
+    group.store_chosen(experts_ref, experts)
+    group.store_chosen(chosen_ref, chosen)
+    gates = rule.scoring.gates(
+      jnp.where(group.is_slot, chosen, -jnp.inf), logsumexp[:, None], axis=1
     )
-  ranks = logits
-  if bias_ref is not None:
-    if rule.order != "topk_then_softmax":
-      ranks = scores
-    ranks += program.of_row(bias_ref, 0)
-  experts, chosen, is_chosen = _choose(program, ranks, logits)
-  program.store_chosen(experts_ref, experts)
-  program.store_chosen(chosen_ref, chosen)
-  gates = rule.scoring.gates(
-    jnp.where(program.is_slot, chosen, -jnp.inf), logsumexp[:, None], axis=1
+
+    counted = group.is_token
+    if valid_ref is not None:
+      counted &= group.of_tokens(valid_ref) != 0
+    gates = jnp.where(counted[:, None], gates, 0.0)
+    group.store_chosen(gates_ref, gates)
+    ones = (is_chosen & counted[:, None]).astype(jnp.int32)
+    earlier = jnp.cumsum(ones, axis=0) - ones + counts[None]
+
+    def place(j, positions):
+      expert = _slot(group, experts, j)
+      here = jnp.where(group.expert == expert[:, None], earlier, 0)
+      position = jnp.sum(here, axis=1)
+      return jnp.where(group.slot == j, position[:, None], positions)
+
+    positions = _each(rule.top_k, place, jnp.zeros_like(experts))
+    positions = jnp.where(counted[:, None], positions, -1)
+    group.store_chosen(positions_ref, positions)
+
+    # Not a product: what padding holds may not be finite.
+    probability = jnp.where(counted[:, None], probability, 0.0)
+    log = jnp.log(jnp.where(probability == 0, 1.0, probability))
+    group.store_tokens(entropy_ref, -jnp.sum(probability * log, axis=1))
+    square = jnp.where(counted, logsumexp * logsumexp, 0.0)
+    group.store_tokens(z_ref, square)
+    return counts + jnp.sum(ones, axis=0), (
+      probabilities + jnp.sum(probability, axis=0)
+    )
+
+  start = tuple(
+    jnp.zeros(shape.experts, dtype) for dtype in (jnp.int32, jnp.float32)
   )
-
-  counted = program.is_token
-  if valid_ref is not None:
-    counted &= program.of_tokens(valid_ref) != 0
-  gates = jnp.where(counted[:, None], gates, 0.0)
-  program.store_chosen(gates_ref, gates)
-  ones = (is_chosen & counted[:, None]).astype(jnp.int32)
-  program.store_sums(counts_ref, ones)
-  earlier = jnp.cumsum(ones, axis=0) - ones
-
-  def place(j, positions):
-    expert = _slot(program, experts, j)
-    here = jnp.where(program.expert == expert[:, None], earlier, 0)
-    position = jnp.sum(here, axis=1)
-    return jnp.where(program.slot == j, position[:, None], positions)
-
-  positions = _each(rule.top_k, place, jnp.zeros_like(experts))
-  positions = jnp.where(counted[:, None], positions, -1)
-  program.store_chosen(positions_ref, positions)
-
-  # Not a product: what padding holds may not be finite.
-  probability = jnp.where(counted[:, None], probability, 0.0)
-  program.store_sums(probability_ref, probability)
-  log = jnp.log(jnp.where(probability == 0, 1.0, probability))
-  program.store_tokens(entropy_ref, -jnp.sum(probability * log, axis=1))
-  square = jnp.where(counted, logsumexp * logsumexp, 0.0)
-  program.store_tokens(z_ref, square)
+  counts, probabilities = _groups(shape, one, start)
+  _store_sums(shape, program, counts_ref, counts)
+  _store_sums(shape, program, probability_ref, probabilities)
 
 
-def _choose(program: _Program, ranks, logits):
+def _choose(group: _Group, ranks, logits):
   """Experts and their logits, [T A], and who is chosen, [T E]."""
-  shape = program.shape
+  shape = group.shape
   keys = total_order.key(ranks)
   tokens = (shape.tokens, shape.slots)
 
@@ -223,14 +245,14 @@ def _choose(program: _Program, ranks, logits):
     best = jnp.max(left, axis=1)
     # A NaN has the key that stands for none: who is taken is asked again.
     is_best = (keys == best[:, None]) & ~taken
-    expert = jnp.where(is_best, program.expert, total_order.NO_EXPERT)
+    expert = jnp.where(is_best, group.expert, total_order.NO_EXPERT)
     expert = jnp.min(expert, axis=1)
-    here = program.expert == expert[:, None]
+    here = group.expert == expert[:, None]
     if shape.has_bias:
       logit = jnp.sum(jnp.where(here, logits, 0.0), axis=1)
     else:
       logit = total_order.value(best)
-    at = program.slot == j
+    at = group.slot == j
     return (
       jnp.where(at, expert[:, None], experts),
       jnp.where(at, logit[:, None], chosen),
@@ -240,16 +262,16 @@ def _choose(program: _Program, ranks, logits):
   start = (
     jnp.zeros(tokens, jnp.int32),
     jnp.zeros(tokens, jnp.float32),
-    jnp.broadcast_to(~program.is_expert, keys.shape),
+    jnp.broadcast_to(~group.is_expert, keys.shape),
   )
   experts, chosen, taken = _each(shape.rule.top_k, one, start)
-  return experts, chosen, taken & program.is_expert
+  return experts, chosen, taken & group.is_expert
 
 
 def backward(*refs, shape: Shape) -> None:
   """The gradient of some tokens' logits; reference.py has the formulas."""
   arguments = _Arguments(refs)
-  z_grad_ref = arguments.next()  # float [1]
+  z_grad_ref: Any = arguments.next()  # float [1]
   logits_ref = arguments.next()  # [M E]
   valid_ref = arguments.next(shape.has_valid)  # int8 [M]
   experts_ref = arguments.next()  # int [M A]
@@ -260,47 +282,61 @@ def backward(*refs, shape: Shape) -> None:
   probability_grad_ref = arguments.next()  # float [B E]
   logits_grad_ref = arguments.next()  # [M E]
 
-  program, rule = _Program(shape), shape.rule
-  logits = program.of_experts(logits_ref, other=-jnp.inf)
-  logsumexp = program.of_tokens(logsumexp_ref)[:, None]
-  p = jnp.exp(logits - logsumexp)
-  dP = program.of_row(probability_grad_ref, program.row)
-  experts = program.of_chosen(experts_ref)
-  at_chosen, everywhere = rule.scoring.gate_gradients(
-    program.of_chosen(gates_ref),
-    program.of_chosen(gates_grad_ref),
-    chosen=program.of_chosen(chosen_ref),
-    axis=1,
-  )
-  everywhere += 2 * z_grad_ref[0] * logsumexp
-  if rule.order == "sigmoid":
-    scores = jax.nn.sigmoid(logits)
-    P = scores / jnp.maximum(
-      jnp.sum(scores, axis=1)[:, None], jnp.finfo(jnp.float32).tiny
+  # Not within a loop, where the interpreter has none.
+  rule, program = shape.rule, (pl.program_id(0), pl.program_id(1))
+
+  def one(number, carry):
+    group = _Group(shape, program, number)
+    logits = group.of_experts(logits_ref, other=-jnp.inf)
+    logsumexp = group.of_tokens(logsumexp_ref)[:, None]
+    p = jnp.exp(logits - logsumexp)
+    dP = group.of_row(probability_grad_ref, group.row)
+    experts = group.of_chosen(experts_ref)
+    at_chosen, everywhere = rule.scoring.gate_gradients(
+      group.of_chosen(gates_ref),
+      group.of_chosen(gates_grad_ref),
+      chosen=group.of_chosen(chosen_ref),
+      axis=1,
     )
-    mean = jnp.sum(P * dP, axis=1)[:, None]
-    grad = p * everywhere + P * (1 - scores) * (dP - mean)
-  else:
-    mean = jnp.sum(p * dP, axis=1)[:, None]
-    grad = p * (everywhere + dP - mean)
+    everywhere += 2 * z_grad_ref[0] * logsumexp
+    if rule.order == "sigmoid":
+      scores = jax.nn.sigmoid(logits)
+      P = scores / jnp.maximum(
+        jnp.sum(scores, axis=1)[:, None], jnp.finfo(jnp.float32).tiny
+      )
+      mean = jnp.sum(P * dP, axis=1)[:, None]
+      grad = p * everywhere + P * (1 - scores) * (dP - mean)
+    else:
+      mean = jnp.sum(p * dP, axis=1)[:, None]
+      grad = p * (everywhere + dP - mean)
 
-  def add(j, grad):
-    here = program.expert == _slot(program, experts, j)[:, None]
-    return grad + jnp.where(here, _slot(program, at_chosen, j)[:, None], 0.0)
+    def add(j, grad):
+      here = group.expert == _slot(group, experts, j)[:, None]
+      return grad + jnp.where(here, _slot(group, at_chosen, j)[:, None], 0.0)
 
-  grad = _each(rule.top_k, add, grad)
-  if valid_ref is not None:
-    is_valid = program.of_tokens(valid_ref) != 0
-    grad = jnp.where(is_valid[:, None], grad, 0.0)
-  program.store_experts(logits_grad_ref, grad)
+    grad = _each(rule.top_k, add, grad)
+    if valid_ref is not None:
+      is_valid = group.of_tokens(valid_ref) != 0
+      grad = jnp.where(is_valid[:, None], grad, 0.0)
+    group.store_experts(logits_grad_ref, grad)
+    return carry
+
+  _groups(shape, one, ())
 
 
-def _slot(program: _Program, values, j):
+def _slot(group: _Group, values, j):
   """values[:, j]: registers have no numbers, so a sum over one."""
   zero = jnp.zeros((), values.dtype)
   return jnp.sum(
-    jnp.where(program.slot == j, values, zero), axis=1, dtype=values.dtype
+    jnp.where(group.slot == j, values, zero), axis=1, dtype=values.dtype
   )
+
+
+def _groups(shape: Shape, body: Callable[[Any, Any], Any], carry):
+  """body(group, carry) for every group of a program."""
+  if shape.groups == 1:
+    return body(0, carry)
+  return jax.lax.fori_loop(0, shape.groups, body, carry)
 
 
 def _each(count: int, body: Callable[[Any, Any], Any], carry):

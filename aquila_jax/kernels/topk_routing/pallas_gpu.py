@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float
 
+from aquila_jax.kernels.target import target
 from aquila_jax.kernels.topk_routing import gpu_kernels
 from aquila_jax.kernels.topk_routing.gpu_kernels import Shape, power_of_two
 from aquila_jax.kernels.topk_routing.grid import cost, like
@@ -24,27 +25,37 @@ from aquila_jax.kernels.topk_routing.rule import (
 _MOST_EXPERTS = 512
 
 
+# Of a thread; more take so many registers that few programs run at once.
+_LOGITS = 8
+# Of a program, at least: counts and sums are written for each.
+_TOKENS = 8
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GpuBlocks:
-  """How many tokens a program has, and warps; powers of two."""
+  """How a program takes its tokens; powers of two."""
 
-  tokens: int
-  warps: int
+  tokens: int  # a group
+  groups: int = 1
+  warps: int = 1
 
 
 def default_blocks(num_experts: int) -> GpuBlocks:
-  """Some 16 logits a thread: they and their keys stay in registers."""
-  experts = power_of_two(num_experts)
-  warps = 4 if experts > 32 else 2
-  tokens = 16 * 32 * warps // experts
-  return GpuBlocks(tokens=max(1, min(tokens, 64)), warps=warps)
+  """One warp a program: its reductions over experts leave no registers.
+
+  Four warps take 1.1 times the instructions a token with 64 experts, and 1.8
+  times with 384, by what Triton makes of it for an H100 (planning/gpu_code.py).
+  """
+  tokens = 32 * _LOGITS // power_of_two(num_experts)
+  tokens = max(1, min(tokens, 32))
+  return GpuBlocks(tokens=tokens, groups=max(1, _TOKENS // tokens))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PallasGpu:
   """The backend; api.py has its interface."""
 
-  # None is the first device's; another where a program is compiled for it.
+  # None is the target's (kernels/target.py).
   device_kind: str | None = None
   blocks: GpuBlocks | None = None  # None is `default_blocks`
   interpret: bool = False  # runs the bodies anywhere; for tests
@@ -53,8 +64,8 @@ class PallasGpu:
     self, rule: RoutingRule, dtype: jnp.dtype, num_experts: int
   ) -> str | None:
     """A reason, or None."""
-    if self.device_kind is None and jax.default_backend() != "gpu":
-      return f"GPU, but {jax.default_backend()}"
+    if self.device_kind is None and target().platform != "gpu":
+      return f"GPU, but {target().platform}"
     if rule.limits_groups:
       return f"top_groups={rule.top_groups} of num_groups={rule.num_groups}"
     if dtype not in (jnp.float32, jnp.bfloat16):
@@ -120,7 +131,7 @@ class PallasGpu:
     before = jnp.cumsum(counts, axis=0, dtype=jnp.int32) - counts
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     row, inside = token // shape.row_tokens, token % shape.row_tokens
-    program = row * shape.programs_per_row + inside // shape.tokens
+    program = row * shape.programs_per_row + inside // shape.program_tokens
     positions = jnp.where(
       positions < 0, positions, positions + before[program[:, None], experts]
     )
@@ -185,11 +196,14 @@ class PallasGpu:
   ) -> Shape:
     num_tokens, num_experts = logits.shape
     row_tokens = num_tokens // num_rows
+    blocks = self._blocks(num_experts)
+    tokens = min(blocks.tokens, power_of_two(row_tokens))
     return Shape(
       rule=rule,
       num_experts=num_experts,
       row_tokens=row_tokens,
-      tokens=min(self._blocks(num_experts).tokens, power_of_two(row_tokens)),
+      tokens=tokens,
+      groups=min(blocks.groups, power_of_two(-(-row_tokens // tokens))),
       has_bias=has_bias,
       has_valid=has_valid,
     )

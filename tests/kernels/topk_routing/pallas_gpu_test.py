@@ -66,17 +66,17 @@ class TestPallasGpu(TopkRoutingContract):
     self.check(case)
 
 
-class TestOneTokenAProgram(TopkRoutingContract):
+class TestGroupsOfTokens(TopkRoutingContract):
   backend = PallasGpu(
     device_kind="interpreted",
     interpret=True,
-    blocks=GpuBlocks(tokens=1, warps=1),
+    blocks=GpuBlocks(tokens=2, groups=4),
   )
   compiler_options = FAST
 
   def test_outputs_and_gradient(self):
     self.check(
-      Case(num_experts=6, top_k=2, num_tokens=18, num_rows=2, has_valid=True)
+      Case(num_experts=6, top_k=2, num_tokens=38, num_rows=2, has_valid=True)
     )
 
 
@@ -173,9 +173,9 @@ def test_it_lowers_for_gpus_with_its_gradient(num_experts):
 
 
 @pytest.mark.parametrize(
-  ("num_experts", "tokens", "warps"),
-  [(2, 64, 2), (8, 64, 2), (32, 32, 2), (60, 32, 4), (384, 4, 4), (512, 4, 4)],
+  ("num_experts", "tokens", "groups"),
+  [(2, 32, 1), (8, 32, 1), (60, 4, 2), (256, 1, 8), (384, 1, 8), (512, 1, 8)],
 )
-def test_a_program_has_sixteen_logits_a_thread(num_experts, tokens, warps):
-  found = default_blocks(num_experts)
-  assert found == GpuBlocks(tokens=tokens, warps=warps)
+def test_a_thread_has_few_logits(num_experts, tokens, groups):
+  expected = GpuBlocks(tokens=tokens, groups=groups, warps=1)
+  assert default_blocks(num_experts) == expected
