@@ -76,7 +76,8 @@ _HEADER = (
 
 def _line(row: dict[str, Any]) -> str:
   shape = f"{row['num_experts']}/{row['top_k']}"
-  once = "  (loops counted once)" if row["counted_once"] else ""
+  sides = " and ".join(row["counted_once"])
+  once = f"  (loops of {sides} counted once)" if sides else ""
   return (
     f"{row['device']:<12}{shape:>9}{row['num_tokens']:>8}"
     f"  {row['direction']:<18}{row['kernel_cycles']:>9}{row['xla_cycles']:>10}"
