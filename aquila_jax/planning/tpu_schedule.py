@@ -135,7 +135,8 @@ class Clock:
         f" says: {error}"
       ) from error
     self.folder = folder
-    self.device = description.devices[0]
+    self.devices = description.devices
+    self.device = self.devices[0]
 
   @classmethod
   def _start(cls) -> pathlib.Path:
@@ -172,15 +173,19 @@ class Clock:
     Returns:
       The schedule, with the compiled program.
     """
-    for file in self.folder.iterdir():
-      file.unlink()
     sharding = SingleDeviceSharding(self.device)
     place = Format(Layout.AUTO, sharding) if free_layout else sharding
     shapes = jax.tree.map(
       lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments
     )
     jitted = jax.jit(function, in_shardings=place, out_shardings=place)
-    compiled = jitted.trace(*shapes).lower().compile()
+    return self.compile(jitted.trace(*shapes).lower())
+
+  def compile(self, lowered: jax.stages.Lowered) -> Schedule:
+    """Compiles what was lowered for devices of this topology, and reads it."""
+    for file in self.folder.iterdir():
+      file.unlink()
+    compiled = lowered.compile()
     return Schedule(kernels=tuple(read(self.folder)), compiled=compiled)
 
 

@@ -115,9 +115,10 @@ def loss_terms(
     total += config.router_z * jnp.mean(routing.z_loss)
 
   def by_language(values: Float[Array, "B T"]) -> Float[Array, "I"]:
-    return jax.ops.segment_sum(
-      values.reshape(-1), batch.languages.reshape(-1), num_languages
-    )
+    # Not a scatter, for which a TPU sorts all tokens.
+    languages = jnp.arange(num_languages)[:, None, None]
+    here = batch.languages[None] == languages  # (I, B, T)
+    return jnp.sum(jnp.where(here, values, 0.0), axis=(1, 2))
 
   return LossTerms(
     total=total,
