@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
 
 from aquila_jax.core.experiment_config import MeshConfig, TrainConfig
 from aquila_jax.core.model_config import ModelConfig
@@ -36,6 +38,53 @@ def _batch(config: TrainConfig, *, vocab_size: int) -> Batch:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoweredStep:
+  """A step, and what it takes, in shapes."""
+
+  lowered: jax.stages.Lowered
+  optimizer: optax.GradientTransformation
+  state: TrainState
+  batch: Batch
+
+
+def lowered_step(
+  model: ModelConfig, config: TrainConfig, mesh: Mesh
+) -> LoweredStep:
+  """For the devices of a mesh, which need not be there."""
+  axes = decoder_lm.parameter_axes(model)
+  shapes = decoder_lm.abstract_params(model)
+  optimizer = make_optimizer(config.optimizer, axes)
+  state = state_lib.abstract_state(
+    shapes,
+    optimizer=optimizer,
+    axes=axes,
+    mesh=mesh,
+    keep_ema=False,
+    balance_weights=initial_weights(config.loss, model),
+  )
+  batch = step_lib.abstract_batch(config, mesh=mesh)
+  train_step = step_lib.make_train_step(
+    config,
+    model=model,
+    optimizer=optimizer,
+    schedule=learning_rate(config.optimizer, config.steps),
+    masks=trainable_masks(
+      config.freeze, axes=axes, shapes=shapes, new_indices=None
+    ),
+    num_languages=1,
+  )
+  jitted = step_lib.jit_train_step(
+    train_step, state=state, batch=batch, mesh=mesh
+  )
+  return LoweredStep(
+    lowered=jitted.lower(state, batch),
+    optimizer=optimizer,
+    state=state,
+    batch=batch,
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledStep:
   """A step, and a state and a batch for it. The step consumes the state."""
 
@@ -48,47 +97,22 @@ class CompiledStep:
 def compiled_step(model: ModelConfig, config: TrainConfig) -> CompiledStep:
   """On one device, with random parameters and tokens."""
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-  axes = decoder_lm.parameter_axes(model)
-  shapes = decoder_lm.abstract_params(model)
-  optimizer = make_optimizer(config.optimizer, axes)
-  like = state_lib.abstract_state(
-    shapes,
-    optimizer=optimizer,
-    axes=axes,
-    mesh=mesh,
-    keep_ema=False,
-    balance_weights=initial_weights(config.loss, model),
-  )
-  batch_like = step_lib.abstract_batch(config, mesh=mesh)
-  train_step = step_lib.make_train_step(
-    config,
-    model=model,
-    optimizer=optimizer,
-    schedule=learning_rate(config.optimizer, config.steps),
-    masks=trainable_masks(
-      config.freeze, axes=axes, shapes=shapes, new_indices=None
-    ),
-    num_languages=1,
-  )
   started = time.perf_counter()
-  compiled = (
-    step_lib.jit_train_step(train_step, state=like, batch=batch_like, mesh=mesh)
-    .lower(like, batch_like)
-    .compile()
-  )
+  step = lowered_step(model, config, mesh)
+  compiled = step.lowered.compile()
   compile_s = time.perf_counter() - started
   state = state_lib.place_initial(
     state_lib.InitialModel(
       params=decoder_lm.init_params(model, key=jax.random.key(0))
     ),
-    optimizer=optimizer,
-    like=like,
+    optimizer=step.optimizer,
+    like=step.state,
     balance_weights=initial_weights(config.loss, model),
   )
   batch = jax.tree.map(
     lambda x, like: jax.device_put(x, like.sharding),
     _batch(config, vocab_size=model.vocab_size),
-    batch_like,
+    step.batch,
   )
   return CompiledStep(
     call=compiled, state=state, batch=batch, compile_s=compile_s

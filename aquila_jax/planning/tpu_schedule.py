@@ -19,13 +19,18 @@ XLA splits a fusion over both, Mosaic a kernel along a parallel grid dimension.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
 import math
 import os
 import pathlib
 import re
+import shutil
 import tempfile
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -41,6 +46,7 @@ _FLAGS = (
 # frames the program.
 _FILE = re.compile(r"\d+-(?P<name>[^<].*)-\d+-final_bundles\.txt")
 _FRAME = "TLP"
+_PRUNED_S = 5.0
 _LINE = re.compile(
   r"\s*(?:0x[0-9a-f]+|0)\s+(?P<label>[A-Z]{2}[A-Z ]*)?\s*:\s*"
   r"(?P<depth>>*)\s*\{(?P<code>.*)$"
@@ -147,6 +153,7 @@ class Clock:
           f"LIBTPU_INIT_ARGS={given!r}: a clock sets --xla_jf_dump_to itself"
         )
       cls._folder = pathlib.Path(tempfile.mkdtemp(prefix="tpu_schedule_"))
+      atexit.register(shutil.rmtree, cls._folder, ignore_errors=True)
       flags = _FLAGS.format(folder=cls._folder)
       os.environ["LIBTPU_INIT_ARGS"] = f"{given} {flags}".strip()
       # Without it the compiler asks the network what machine this is; and since
@@ -185,21 +192,52 @@ class Clock:
     """Compiles what was lowered for devices of this topology, and reads it."""
     for file in self.folder.iterdir():
       file.unlink()
-    compiled = lowered.compile()
+    with _pruned(self.folder):
+      compiled = lowered.compile()
     return Schedule(kernels=tuple(read(self.folder)), compiled=compiled)
+
+
+@contextlib.contextmanager
+def _pruned(folder: pathlib.Path) -> Iterator[None]:
+  """Removes what nobody reads while the compiler writes; 10 GB, of a large one.
+
+  A file is taken that has not been written to for some seconds.
+  """
+  done = threading.Event()
+
+  def prune() -> None:
+    while not done.wait(timeout=_PRUNED_S):
+      before = time.time() - _PRUNED_S
+      for file in folder.iterdir():
+        if not _kernel_of(file) and file.stat().st_mtime < before:
+          file.unlink()
+
+  thread = threading.Thread(target=prune, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    done.set()
+    thread.join()
 
 
 def read(folder: pathlib.Path) -> list[Kernel]:
   """The kernels whose bundles the compiler has written to `folder`."""
   kernels = []
   for file in sorted(folder.iterdir()):
-    found = _FILE.fullmatch(file.name)
-    if (
-      found and found["name"] != _FRAME and "schedule-analysis" not in file.name
-    ):
+    name = _kernel_of(file)
+    if name is not None:
       text = file.read_text(encoding="utf-8", errors="replace")
-      kernels.append(parse(text, name=found["name"]))
+      kernels.append(parse(text, name=name))
   return kernels
+
+
+def _kernel_of(file: pathlib.Path) -> str | None:
+  """The name of the kernel whose bundles are in that file, if any are."""
+  found = _FILE.fullmatch(file.name)
+  if found is None or "schedule-analysis" in file.name:
+    return None
+  return None if found["name"] == _FRAME else found["name"]
 
 
 @dataclasses.dataclass(frozen=True)
