@@ -12,16 +12,20 @@ from jaxtyping import Array, Float, Int
 from aquila_jax.kernels.expert_ffn import (
   cpu_loop,
   pallas_gpu,
+  pallas_tpu,
   ragged,
   reference,
 )
 
-Implementation = Literal["xla", "ragged_dot", "cpu_loop", "pallas_gpu"]
+Implementation = Literal[
+  "xla", "ragged_dot", "cpu_loop", "pallas_gpu", "pallas_tpu"
+]
 _BACKENDS = {
   "xla": reference.expert_ffn,
   "ragged_dot": ragged.expert_ffn,
   "cpu_loop": cpu_loop.expert_ffn,
   "pallas_gpu": pallas_gpu.expert_ffn,
+  "pallas_tpu": pallas_tpu.expert_ffn,
 }
 
 
@@ -76,5 +80,7 @@ def platform_default() -> Implementation:
     name = "cpu_loop"
   elif platform == "gpu" and jax.device_count() == 1:
     name = "pallas_gpu"
+  elif platform == "tpu" and jax.device_count() == 1:
+    name = "pallas_tpu"
   logging.info("expert_ffn: %s on %s", name, platform)
   return name
