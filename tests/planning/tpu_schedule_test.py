@@ -48,6 +48,19 @@ PIPELINE = """\
    0x9   : > { %p7_p0 = scmp.ge.s32.totalorder %s6_s1, %s9_s5 }
 """  # noqa: E501
 
+# A grid of 3 by a number that the program computes. A jump passes over two
+# bundles, with three matrix instructions; the second one leads back.
+BRANCH = """\
+iteration_bounds: (3, 2147483647)
+     0   :  { %s1_s0 = smov 0 }
+   0x1 LB: > { %s2_s1 = sphi %s1_s0, %s3_s1 }
+   0x2   : > { %20 = sbr.rel (!%p4_p0) target = $region7 }
+   0x3   : > { %21 = vmatmul.bf16.gmra.mxu0 %v1  ;;  %22 = vmatmul.bf16.gmra.mxu1 %v2 }
+   0x4   : > { %23 = vmatmul.bf16.gmra.mxu0 %v3 }
+   0x5 PF: > { %s3_s1 = sadd.s32 1, %s2_s1 } /* Start/End empty region 7 :: End region 6 */
+   0x6   : > { %24 = sbr.rel (!%p5_p1) target = $region2 }
+"""  # noqa: E501
+
 
 def test_bundles_count_as_often_as_their_loops_run():
   kernel = tpu_schedule.parse(GRID, name="f")
@@ -73,6 +86,16 @@ def test_a_pipelines_own_trips_do_not_count_and_unknown_ones_are_named():
   schedule = tpu_schedule.Schedule(kernels=(kernel, kernel))
   assert schedule.cycles == 2 * kernel.cycles
   assert not schedule.is_complete
+
+
+def test_branches_and_products_are_found_and_a_dynamic_grid_is_unknown():
+  kernel = tpu_schedule.parse(BRANCH, name="f")
+  assert [(b.start, b.end, b.bundles) for b in kernel.branches] == [(3, 5, 2)]
+  assert kernel.products == (0, 0, 0, 2, 1, 0, 0)
+  assert [(loop.trips, loop.known_trips) for loop in kernel.loops] == [
+    (None, 3)
+  ]
+  assert kernel.unknown_loops == kernel.loops
 
 
 def test_only_kernels_are_read(tmp_path: pathlib.Path):

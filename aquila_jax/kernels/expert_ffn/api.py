@@ -11,17 +11,21 @@ from jaxtyping import Array, Float, Int
 from aquila_jax.kernels.expert_ffn import (
   cpu_loop,
   pallas_gpu,
+  pallas_tpu,
   ragged,
   reference,
 )
 from aquila_jax.kernels.target import is_whole, target
 
-Implementation = Literal["xla", "ragged_dot", "cpu_loop", "pallas_gpu"]
+Implementation = Literal[
+  "xla", "ragged_dot", "cpu_loop", "pallas_gpu", "pallas_tpu"
+]
 _BACKENDS = {
   "xla": reference.expert_ffn,
   "ragged_dot": ragged.expert_ffn,
   "cpu_loop": cpu_loop.expert_ffn,
   "pallas_gpu": pallas_gpu.expert_ffn,
+  "pallas_tpu": pallas_tpu.expert_ffn,
 }
 
 
@@ -76,6 +80,8 @@ def platform_default() -> Implementation:
     name = "cpu_loop"
   elif platform == "gpu" and whole:
     name = "pallas_gpu"
+  elif platform == "tpu" and whole:
+    name = "pallas_tpu"
   _say_once(f"expert_ffn: {name} on {platform}{'' if whole else 's'}")
   return name
 

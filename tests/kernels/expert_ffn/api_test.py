@@ -18,7 +18,8 @@ from tests.kernels.expert_ffn import contract
     ("cpu", 8, "cpu_loop"),
     ("gpu", 1, "pallas_gpu"),
     ("gpu", 2, "xla"),
-    ("tpu", 1, "xla"),
+    ("tpu", 1, "pallas_tpu"),
+    ("tpu", 4, "xla"),
   ],
 )
 def test_each_platform_has_its_own(monkeypatch, platform, devices, name):
@@ -51,5 +52,6 @@ def test_unknown_backend_is_refused():
       implementation="triton",
     )
   assert str(error.value) == (
-    "implementation='triton'; there are xla, ragged_dot, cpu_loop, pallas_gpu"
+    "implementation='triton'; there are xla, ragged_dot, cpu_loop, pallas_gpu,"
+    " pallas_tpu"
   )

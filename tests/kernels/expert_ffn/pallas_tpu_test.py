@@ -1,0 +1,163 @@
+"""The Pallas kernels for TPUs, interpreted; `make tpu` compiles them."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from aquila_jax.kernels.expert_ffn import pallas_tpu, reference
+from aquila_jax.kernels.expert_ffn.tpu_visits import Visits
+from tests.kernels.expert_ffn import contract
+
+_CALL = jax.jit(
+  functools.partial(pallas_tpu.expert_ffn, interpret=True),
+  static_argnames=("tile_rows", "device_kind"),
+)
+
+
+class TestPallasTpu(contract.ExpertFfnContract):
+  implementation = "pallas_tpu"
+
+  def _call(self):
+    return _CALL
+
+
+def _case(loads, *, num_blocks, size=8, width=24, hidden=40):
+  """Blocks by expert; the blocks that are not in use hold NaN."""
+  rng = np.random.default_rng(0)
+
+  def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+  experts, used = len(loads), sum(loads)
+  kernels = (
+    normal(experts, width, hidden) / 5,
+    normal(experts, width, hidden) / 5,
+    normal(experts, hidden, width) / 5,
+  )
+  block_expert = np.repeat(np.arange(experts), loads)
+  spare = np.full(num_blocks - used, experts - 1)
+  rows, grad = normal(num_blocks, size, width), normal(num_blocks, size, width)
+  blocks = dict(
+    block_expert=jnp.asarray(np.concatenate([block_expert, spare]), jnp.int32),
+    num_blocks=jnp.asarray(used, jnp.int32),
+  )
+  return rows, kernels, grad, blocks
+
+
+def _run(call, rows, kernels, grad, blocks):
+  out, pull = jax.vjp(lambda *a: call(*a, **blocks), rows, kernels)
+  return out, *pull(grad)
+
+
+def _agree(found, expected):
+  # Sums of up to 20 blocks * 16 rows products of numbers near 1, behind a chain
+  # of three: 3 * 320 * 2^-24 = 6e-5.
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=6e-5, rtol=1e-5),
+    found,
+    expected,
+  )
+
+
+@pytest.mark.parametrize("tile_rows", [(8, 16), (32, 256)], ids=str)
+@pytest.mark.parametrize(
+  "loads", [(3, 0, 3, 2), (0, 9, 0, 0), (0, 0, 1, 6)], ids=str
+)
+def test_tiles_in_which_experts_meet(loads, tile_rows):
+  """Tiles of one to all blocks: experts begin and end inside of them."""
+  rows, kernels, grad, blocks = _case(loads, num_blocks=9)
+  expected = _run(reference.expert_ffn, rows, kernels, grad, blocks)
+  spoilt = rows.at[sum(loads) :].set(jnp.nan)
+  call = functools.partial(_CALL, tile_rows=tile_rows)
+  _agree(_run(call, spoilt, kernels, grad, blocks), expected)
+
+
+def test_halves_of_a_tile_and_columns_in_tiles():
+  """Two cores share columns: 320 are a tile of 256 and a cut one."""
+  rows, kernels, grad, blocks = _case(
+    (7, 0, 4, 6), num_blocks=20, size=16, width=136, hidden=320
+  )
+  call = functools.partial(_CALL, tile_rows=(64, 256), device_kind="TPU v5p")
+  kernels = jax.tree.map(lambda kernel: kernel / 3, kernels)
+  _agree(
+    _run(call, rows, kernels, grad, blocks),
+    _run(reference.expert_ffn, rows, kernels, grad, blocks),
+  )
+
+
+def test_shards_that_share_kernels_get_the_sum_of_gradients():
+  """Inside of shard_map, whose rows are the shard's; types: tests/tpu."""
+  rows, kernels, grad, blocks = _case((1, 1, 0, 0), num_blocks=2)
+  mesh = Mesh(np.asarray(jax.devices()[:2]), ("data",))
+
+  def loss(rows, kernels, grad):
+    def shard(rows, kernels, grad):
+      out = pallas_tpu.expert_ffn(
+        rows,
+        kernels,
+        block_expert=jnp.zeros(1, jnp.int32),
+        num_blocks=jnp.ones((), jnp.int32),
+        interpret=True,
+      )
+      return jax.lax.psum(jnp.sum(out * grad), "data")
+
+    return jax.shard_map(
+      shard,
+      mesh=mesh,
+      in_specs=(P("data"), P(), P("data")),
+      out_specs=P(),
+      check_vma=False,  # the interpreter's index maps have no types
+    )(rows, kernels, grad)
+
+  found = jax.jit(jax.grad(loss, (0, 1)))(rows, kernels, grad)
+  blocks["block_expert"] = jnp.zeros(2, jnp.int32)
+  expected = _run(reference.expert_ffn, rows, kernels, grad, blocks)[1:]
+  _agree(found, expected)
+
+
+def test_visits_by_hand():
+  """Rows 5, 0, 3 of 12, in tiles of 4: tile 1 is both experts'."""
+  loads = jnp.asarray([5, 0, 3], jnp.int32)
+  visits = Visits.of_rows(loads, num_rows=12, tile_rows=4, empty_experts=False)
+  # The last of six steps is not needed, and has no rows.
+  assert visits.tile.tolist() == [0, 1, 1, 2, 2, 2]
+  assert visits.expert.tolist() == [0, 0, 2, 2, 2, 2]
+  assert visits.first.tolist() == [0, 0, 1, 0, 0, 0]
+  assert visits.end.tolist() == [4, 1, 4, 0, 0, 0]
+  visits = Visits.of_rows(loads, num_rows=12, tile_rows=4, empty_experts=True)
+  assert visits.tile.tolist() == [0, 1, 1, 1, 1, 1]
+  assert visits.expert.tolist() == [0, 0, 1, 2, 2, 2]
+  assert (visits.end - visits.first).tolist() == [4, 1, 0, 3, 0, 0]
+
+
+@pytest.mark.skipif(jax.default_backend() == "tpu", reason="there is one")
+def test_without_a_tpu_it_is_refused():
+  rows, kernels, block_expert, used = contract.inputs()
+  with pytest.raises(NotImplementedError) as error:
+    pallas_tpu.expert_ffn(
+      rows, kernels, block_expert=block_expert, num_blocks=used
+    )
+  assert str(error.value) == "implementation='pallas_tpu' needs a TPU"
+
+
+def test_other_dtypes_are_refused():
+  rows, kernels, block_expert, used = contract.inputs()
+  with pytest.raises(NotImplementedError) as error:
+    pallas_tpu.expert_ffn(
+      rows.astype(jnp.bfloat16),
+      kernels,
+      block_expert=block_expert,
+      num_blocks=used,
+      interpret=True,
+    )
+  assert str(error.value) == (
+    "implementation='pallas_tpu': rows and kernels of bfloat16, float32;"
+    " need all bfloat16 or all float32"
+  )
