@@ -144,6 +144,8 @@ def estimate(
     chip: that it was compiled for.
     coordinates: of the devices on the torus, `[d.coords for d in devices]`.
     kernel_cycles: of one run of each Pallas kernel, by its instruction's name.
+      Kernels with the same body are compiled once, in the name of one of them:
+      the others may be missing.
 
   Returns:
     The estimate.
@@ -181,6 +183,7 @@ _ARRAY = re.compile(r"(?P<dtype>[a-z]+[0-9]*(?:e\d\w*)?)\[(?P<dims>[0-9,]*)\]")
 # In the place of an estimate where the compiler has none.
 _NO_ESTIMATE = 2**62
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_BODY = re.compile(r'"body":"([^"]*)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _BITS = re.compile(r"\d+")
 
@@ -192,7 +195,7 @@ class _Program:
     self.computations: dict[str, list[_Instruction]] = {}
     self.entry = ""
     inside: list[_Instruction] = []
-    for line in text.splitlines():
+    for line in _whole_lines(text):
       header = _HEADER.match(line)
       if header is not None and not line.startswith(" "):
         inside = self.computations.setdefault(header["name"], [])
@@ -202,6 +205,19 @@ class _Program:
       assigned = _ASSIGNMENT.match(line)
       if assigned is not None:
         inside.append(_instruction(assigned["name"], line[assigned.end() :]))
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+  """Lines, those put together that an attribute with line breaks has cut."""
+  whole = ""
+  for line in text.splitlines():
+    begins = line in ("", "}") or _HEADER.match(line) or _ASSIGNMENT.match(line)
+    if begins:
+      yield whole
+      whole = line
+    else:
+      whole += line
+  yield whole
 
 
 def _instruction(name: str, code: str) -> _Instruction:
@@ -324,9 +340,25 @@ class _Reader:
     self.program = program
     self.chip = chip
     self.coordinates = coordinates
-    self.kernel_cycles = kernel_cycles
+    self.kernel_cycles = self._with_twins(kernel_cycles)
     self.unknown_kernels: list[str] = []
     self.unknown_loops: list[str] = []
+
+  def _with_twins(self, kernel_cycles: Mapping[str, int]) -> dict[str, int]:
+    bodies = {
+      one.name: found[1]
+      for instructions in self.program.computations.values()
+      for one in instructions
+      if (found := _BODY.search(one.rest)) is not None
+    }
+    of_body = {
+      body: kernel_cycles[name]
+      for name, body in bodies.items()
+      if name in kernel_cycles
+    }
+    return {
+      name: of_body[body] for name, body in bodies.items() if body in of_body
+    }
 
   def computation(self, name: str, *, trips: int) -> Iterator[Part]:
     """The parts of a computation that runs `trips` times."""

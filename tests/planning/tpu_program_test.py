@@ -25,7 +25,9 @@ HloModule jit_step, is_scheduled=true
   %param = (s32[]{:T(128)}, /*index=1*/f32[8]{0:T(128)}) parameter(0)
   %x = f32[8]{0} get-tuple-element(%param), index=1
   %fusion.1 = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused, metadata={op_name="jit(step)/layer"}, backend_config={"window_config":{"estimated_cycles":"7"}}
-  %kernel.1 = f32[8]{0} custom-call(%fusion.1), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUx(("}}
+  %kernel.1 = f32[8]{0} custom-call(%fusion.1), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"tiles": [1]
+}}, backend_config={"custom_call_config":{"body":"TUx(("}}
   %all-reduce.1 = f32[8]{0} all-reduce(%kernel.1), replica_groups=[4,2]<=[8], to_apply=%add
   ROOT %tuple = (s32[], f32[8]) tuple(%x, %all-reduce.1)
 }
@@ -60,6 +62,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %reduce-scatter.1 = bf16[8] reduce-scatter(%all-gather-done.1), replica_groups=mesh['i'=2,'j'=4] {'j'}, to_apply=%add
   %collective-permute.1 = u8[6] collective-permute(%small), source_target_pairs={{0,1},{1,0}}
   %small = u8[6] iota(), backend_config={"window_config":{"estimated_cycles":"9223372036854775807"}}
+  %twin.1 = f32[8]{0} custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUx(("}}
   ROOT %sort = f32[8]{0} sort(%a), dimensions={0}
 }
 """
@@ -73,7 +76,8 @@ def test_every_part_counts_as_often_as_it_runs():
   found = _estimate(kernel_cycles={"kernel.1": 11})
   # The loop of 5, and one whose trips are not known; the longer branch.
   assert found.seconds("estimate") == (5 + 1) * 7 + 3
-  assert found.seconds("schedule") == (5 + 1) * 11
+  # And one that has no schedule of its own, but the same body.
+  assert found.seconds("schedule") == (5 + 1) * 11 + 11
   # 32 bytes in, 32 out; and six of which the compiler knows nothing.
   assert found.seconds("bytes") == 64 + 6
   assert found.unknown_kernels == ()
@@ -99,7 +103,7 @@ def test_collectives_are_by_the_links_of_their_group():
 def test_sums():
   found = _estimate(kernel_cycles={"kernel.1": 11})
   links = 6 * 32 + 256 / 6 + 64 + 6
-  compute = 45 + 66 + 70
+  compute = 45 + 77 + 70
   assert found.seconds("link") == pytest.approx(links)
   assert found.without_overlap == pytest.approx(compute + links)
   assert found.with_full_overlap == pytest.approx(links)
@@ -108,7 +112,7 @@ def test_sums():
 
 def test_a_kernel_without_a_schedule_is_named():
   found = _estimate()
-  assert found.unknown_kernels == ("kernel.1",)
+  assert found.unknown_kernels == ("kernel.1", "twin.1")
   assert found.seconds("schedule") == 0
 
 
