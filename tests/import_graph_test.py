@@ -45,7 +45,7 @@ DISTRIBUTIONS = {
   "orbax": "orbax-checkpoint",
 }
 # Imported inside functions only, from extras.
-OPTIONAL = {"datasets", "lm_eval", "torch", "transformers"}
+OPTIONAL = {"datasets", "lm_eval", "torch", "transformers", "triton"}
 
 
 def _tier(package: str) -> int:

@@ -19,8 +19,8 @@ from typing import Any
 
 import jax
 from jax._src.interpreters import mlir
-from jaxlib.mlir import ir
-from jaxlib.triton import dialect
+from jax._src.lib import triton as jaxlib_triton
+from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 
 _CALL = "__gpu$xla.gpu.triton"
 _WARP = 32  # threads
@@ -67,6 +67,7 @@ def compile_kernels(
     disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(_CALL)],
   )(*arguments)
   context = mlir.make_ir_context()
+  dialect: Any = jaxlib_triton.dialect  # pyright: ignore[reportPrivateImportUsage]
   dialect.register_dialect(context)
   with context:
     module = ir.Module.parse(exported.mlir_module())

@@ -5,6 +5,7 @@ What the compiler itself writes is read by `make tpu`.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import pytest
@@ -96,6 +97,52 @@ def test_branches_and_products_are_found_and_a_dynamic_grid_is_unknown():
     (None, 3)
   ]
   assert kernel.unknown_loops == kernel.loops
+
+
+def _tiles(trips: int | None) -> tpu_schedule.Kernel:
+  """Of 10 bundles in a grid of 3 by something, with one branch or another."""
+  return tpu_schedule.Kernel(
+    name="f",
+    bundles=14,
+    cycles=4 + 10 * (trips or 1),
+    loops=(
+      tpu_schedule.Loop(start=2, end=12, depth=1, trips=trips, known_trips=3),
+      tpu_schedule.Loop(start=3, end=5, depth=2, trips=None),
+    ),
+    spills=0,
+    # All of it; two with matrix instructions, and one without.
+    branches=tuple(
+      tpu_schedule.Branch(start=start, end=end)
+      for start, end in ((2, 12), (3, 6), (6, 8), (8, 12))
+    ),
+    products=(0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0),
+  )
+
+
+def test_one_of_the_branches_that_multiply_is_taken():
+  # Of those of 3 and 2 bundles the longer: 8 bundles a step.
+  assert _tiles(trips=5).cycles_of(99) == 4 + 5 * 8
+  assert _tiles(trips=None).cycles_of(7) == 4 + 3 * 7 * 8
+
+
+def test_a_step_takes_as_long_as_its_matrix_instructions():
+  kernel = dataclasses.replace(
+    _tiles(trips=5), products=(0, 0, 0, 2, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0)
+  )
+  assert kernel.cycles_of(99) == 4 + 5 * 4 * 3
+
+
+@pytest.mark.parametrize(
+  ("topology", "links"),
+  [
+    ("v5p:2x2x1", {}),
+    ("v5p:4x4x4", dict(wrap=(True, True, True))),
+    ("v6e:8x16", dict(wrap=(False, True, False))),
+    ("v6e:8x8", {}),
+  ],
+)
+def test_whole_cubes_are_closed_to_rings(topology, links):
+  assert tpu_schedule._links(topology) == links
 
 
 def test_only_kernels_are_read(tmp_path: pathlib.Path):

@@ -1,0 +1,58 @@
+"""What is compared, and what a row says of a program."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import pytest
+
+from aquila_jax.planning import counting
+from benchmarks import train_step_tpu
+from tests.planning.tpu_program_test import TEXT, TORUS
+
+
+def test_cases_are_of_64_chips_and_of_the_published_sizes():
+  cases = {case.name: case for case in train_step_tpu._cases()}
+  assert len(cases) == 4
+  for case in cases.values():
+    mesh = case.mesh
+    assert mesh.data * mesh.fsdp * mesh.expert * mesh.tensor == 64
+    assert case.model.remat == "full"
+  counted = {
+    name: round(counting.count(case.model).total.parameters / 1e9, 1)
+    for name, case in cases.items()
+  }
+  assert counted["mixtral 8x7b dropless, fsdp 64"] == 46.7
+  assert counted["aquila 8x16b dropless, fsdp 64"] == 104.7
+
+
+def test_a_row_has_memory_time_and_what_is_not_known():
+  case = train_step_tpu._cases()[0]
+  devices: Any = [types.SimpleNamespace(coords=place) for place in TORUS]
+  clock: Any = types.SimpleNamespace(
+    device=types.SimpleNamespace(device_kind="TPU v5"), devices=devices
+  )
+  row = train_step_tpu._row(
+    case,
+    "ours",
+    text=TEXT,
+    kernel_cycles={"kernel.1": 1_750_000_000},
+    memory=dict(arguments=2e9, temporaries=3e9),
+    clock=clock,
+  )
+  assert (row["arguments_gb"], row["temporaries_gb"]) == (2, 3)
+  # Six runs of the kernel and one of its twin, a second each.
+  assert row["kernels_s"] == pytest.approx(7)
+  assert row["seconds_without_overlap"] == pytest.approx(7, rel=1e-6)
+  assert row["loops_counted_once"] == ("while.2",)
+  flops = (
+    4 * 4096 * counting.train_flops_per_token(case.model, sequence_length=4096)
+  )
+  assert row["mfu"] == pytest.approx(flops / 4.59e14 / 7, rel=1e-6)
+  assert "GB" in train_step_tpu._line(row)
+
+
+def test_steps_of_a_grouped_product_are_those_of_its_tiles_and_borders():
+  case = train_step_tpu._cases()[0]
+  assert train_step_tpu._steps(case.model) == 64 + 7
