@@ -76,9 +76,9 @@ def platform_default() -> Implementation:
   and backward, 0.96 of the published rate on v5p and 0.86 on v6e with 8 experts
   of 5,632 units, 0.86 and 0.69 with 64 of 704. megablox takes 1.1 to 1.7 times
   as long; ragged_dot, whose gradient of kernels is a dense product for every
-  expert, 4 times and more (benchmarks/results/expert_ffn_tpu.json). Over several
-  devices the compiler cannot split these kernels, and gathered ones it can;
-  inside of shard_map they can be named.
+  expert, 4 times and more (benchmarks/results/expert_ffn_tpu.json). Over
+  several devices the compiler cannot split these kernels, and gathered ones it
+  can; inside of shard_map they can be named.
   """
   platform = jax.default_backend()
   name: Implementation = "xla"
