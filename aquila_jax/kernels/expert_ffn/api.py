@@ -70,14 +70,16 @@ def platform_default() -> Implementation:
 
   On a GPU pallas_gpu: of a matmul's rate it gets half, forward and backward,
   where gathered kernels and ragged_dot get a tenth and take many times the
-  memory (benchmarks/results/expert_ffn_gpu.json, an H200). On a TPU pallas_tpu,
-  by what the compiler schedules, since no TPU was at hand: forward and backward,
-  0.96 of the published rate on v5p and 0.86 on v6e with 8 experts of 5,632
-  units, 0.86 and 0.69 with 64 of 704. megablox takes 1.1 to 1.7 times as long;
-  ragged_dot, whose gradient of kernels is a dense product for every expert, 4
-  times and more (benchmarks/results/expert_ffn_tpu.json). A kernel has to have
-  the arrays whole, as on one device or in shard_map; elsewhere the compiler
-  divides gathered kernels.
+  memory (benchmarks/results/expert_ffn_gpu.json, an H200).
+
+  On a TPU pallas_tpu, by what the compiler schedules, since no TPU was at hand:
+  forward and backward, 0.96 of the published rate on v5p and 0.86 on v6e with 8
+  experts of 5,632 units, 0.86 and 0.69 with 64 of 704. megablox takes 1.1 to
+  1.7 times as long; ragged_dot, whose gradient of kernels is a dense product
+  for every expert, 4 times and more (benchmarks/results/expert_ffn_tpu.json).
+
+  A kernel has to have the arrays whole, as on one device or in shard_map;
+  elsewhere the compiler divides gathered kernels.
   """
   platform, whole = target().platform, is_whole()
   name: Implementation = "xla"
