@@ -4,9 +4,10 @@
 
 needs libtpu (the extra `tpu`) and no TPU: programs for 64 chips of v5p are
 compiled, both by MaxText's libtpu, and what the compiler says of them is added
-up (planning/tpu_program.py), by the same reader. Mixtral 8x7B, 4 rows
-of 4,096 tokens a chip, everything recomputed, bfloat16 compute on float32
-parameters; and ours alone of AquilaMoE-8x16B.
+up (planning/tpu_program.py), by the same reader. Mixtral 8x7B, 4 rows of 4,096
+tokens a chip, everything recomputed, bfloat16 compute on float32 parameters;
+and ours alone of AquilaMoE-8x16B. Over an expert axis we gather kernels, where
+MaxText moves tokens.
 
 Time is a sum of estimates: once with nothing beside anything else, by which
 `mfu` is, and once with all collectives beside all compute. Kernels whose grid
