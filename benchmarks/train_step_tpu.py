@@ -17,7 +17,6 @@ counts as if its mask had skipped nothing, on both sides.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -28,20 +27,13 @@ from typing import Any
 
 from absl import app, flags
 
-from aquila_jax.core import config as config_lib
-from aquila_jax.core.experiment_config import (
-  MeshConfig,
-  OptimizerConfig,
-  TrainConfig,
-)
-from aquila_jax.core.model_config import ModelConfig, MoeConfig
+from aquila_jax.core.experiment_config import OptimizerConfig, TrainConfig
 from aquila_jax.kernels.target import Target, compiling_for
-from aquila_jax.planning import counting, tpu_program
 from aquila_jax.planning.tpu_schedule import Clock
 from aquila_jax.sharding.mesh import make_mesh
 from benchmarks import gpu_clock
+from benchmarks.pod_step import ROWS, TOKENS, Case, Row, cases, row, steps
 from benchmarks.training_step import lowered_step
-from experiments.configs import aquila_8x16b
 
 _OUTPUT = flags.DEFINE_string("output", None, "A JSON file to write.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x4", "Of the pod.")
@@ -50,139 +42,12 @@ _MAXTEXT_PYTHON = flags.DEFINE_string(
   "maxtext_python", None, "A Python with MaxText and libtpu; without it, ours."
 )
 
-_TOKENS, _ROWS = 4096, 4  # of a row, and rows a chip
-_EXPERTS = MoeConfig(num_experts=8, top_k=2, block_size=128)
-_MIXTRAL = ModelConfig(
-  vocab_size=32000,
-  num_layers=32,
-  embed_dim=4096,
-  mlp_dim=14336,
-  num_heads=32,
-  num_kv_heads=8,
-  head_dim=128,
-  context_length=_TOKENS,
-  rope_theta=1e6,
-  qkv_bias=False,
-  remat="full",
-  compute_dtype="bfloat16",
-  moe=_EXPERTS,
-)
-Row = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-  """A model on a mesh, and MaxText's settings for the same."""
-
-  name: str
-  mesh: MeshConfig
-  model: ModelConfig
-  maxtext: tuple[str, ...] = ()
-
-
-def _cases() -> list[Case]:
-  capacity = dataclasses.replace(_EXPERTS, capacity_factor=1.25)
-  whole = MeshConfig(data=1, fsdp=64)
-  experiment: Any = aquila_8x16b.get_config()
-  aquila = config_lib.build(
-    ModelConfig, experiment.stages.aquila_8x16b.model.to_dict()
-  )
-  return [
-    Case(
-      name="mixtral 8x7b dropless, fsdp 64",
-      mesh=whole,
-      model=_MIXTRAL,
-      maxtext=("ici_fsdp_parallelism=64", "sparse_matmul=true"),
-    ),
-    Case(
-      name="mixtral 8x7b capacity 1.25, fsdp 64",
-      mesh=whole,
-      model=dataclasses.replace(_MIXTRAL, moe=capacity),
-      maxtext=(
-        "ici_fsdp_parallelism=64",
-        "sparse_matmul=false",
-        "megablox=false",
-        "capacity_factor=1.25",
-      ),
-    ),
-    Case(
-      name="mixtral 8x7b dropless, fsdp 16 x expert 4",
-      mesh=MeshConfig(data=1, fsdp=16, expert=4),
-      model=_MIXTRAL,
-      maxtext=(
-        "ici_fsdp_parallelism=16",
-        "ici_expert_parallelism=4",
-        "sparse_matmul=true",
-      ),
-    ),
-    Case(name="aquila 8x16b dropless, fsdp 64", mesh=whole, model=aquila),
-  ]
-
-
-def _steps(model: ModelConfig) -> int:
-  """Of a kernel over groups of rows in tiles of 512, at most."""
-  assert model.moe is not None
-  rows = _ROWS * _TOKENS * model.moe.top_k
-  return rows // 512 + model.moe.num_experts - 1
-
-
-def _row(
-  case: Case,
-  side: str,
-  *,
-  text: str,
-  kernel_cycles: dict[str, int],
-  memory: Row,
-  clock: Clock,
-) -> Row:
-  chip = tpu_program.Chip.of(clock.device.device_kind)
-  found = tpu_program.estimate(
-    text,
-    chip=chip,
-    coordinates=[tuple(device.coords) for device in clock.devices],
-    kernel_cycles=kernel_cycles,
-  )
-  flops = (
-    _ROWS
-    * _TOKENS
-    * counting.train_flops_per_token(case.model, sequence_length=_TOKENS)
-  )
-  longest = sorted(found.parts, key=lambda part: -part.seconds)[:12]
-  return dict(
-    case=case.name,
-    side=side,
-    arguments_gb=memory["arguments"] / 1e9,
-    temporaries_gb=memory["temporaries"] / 1e9,
-    seconds_without_overlap=found.without_overlap,
-    seconds_with_full_overlap=found.with_full_overlap,
-    mfu=flops / chip.flops / found.without_overlap,
-    compiler_s=found.seconds("estimate"),
-    kernels_s=found.seconds("schedule"),
-    bytes_s=found.seconds("bytes"),
-    links_s=found.seconds("link"),
-    collectives={
-      name: dict(count=count, gb=size / 1e9, seconds=seconds)
-      for name, (count, size, seconds) in found.collectives().items()
-    },
-    kernels_without_schedule=found.unknown_kernels,
-    loops_counted_once=found.unknown_loops,
-    longest=[
-      dict(
-        name=part.name,
-        op_name=part.op_name[-80:],
-        trips=part.trips,
-        seconds=part.seconds,
-      )
-      for part in longest
-    ],
-  )
-
 
 def _ours(case: Case, clock: Clock) -> Row:
   mesh = make_mesh(case.mesh, clock.devices)
   config = TrainConfig(
-    batch_size=_ROWS * len(clock.devices),
-    sequence_length=_TOKENS,
+    batch_size=ROWS * len(clock.devices),
+    sequence_length=TOKENS,
     steps=1000,
     optimizer=OptimizerConfig(learning_rate=1e-4),
   )
@@ -195,12 +60,12 @@ def _ours(case: Case, clock: Clock) -> Row:
   compile_s = time.perf_counter() - started
   assert schedule.compiled is not None
   memory: Any = schedule.compiled.memory_analysis()
-  return _row(
+  return row(
     case,
     "ours",
     text=schedule.compiled.as_text() or "",
     kernel_cycles={
-      kernel.name: kernel.cycles_of(_steps(case.model))
+      kernel.name: kernel.cycles_of(steps(case.model))
       for kernel in schedule.kernels
     },
     memory=dict(
@@ -218,8 +83,8 @@ def _maxtext(case: Case, clock: Clock) -> Row:
     "model_name=mixtral-8x7b",
     f"compile_topology=v5p-{2 * chips}",  # they count cores
     "compile_topology_num_slices=1",
-    f"per_device_batch_size={_ROWS}",
-    f"max_target_length={_TOKENS}",
+    f"per_device_batch_size={ROWS}",
+    f"max_target_length={TOKENS}",
     "remat_policy=full",
     "dtype=bfloat16",
     "dataset_type=synthetic",
@@ -239,7 +104,7 @@ def _maxtext(case: Case, clock: Clock) -> Row:
         "benchmarks.step_workers.maxtext_tpu",
         folder,
         _TOPOLOGY.value,
-        str(_steps(case.model)),
+        str(steps(case.model)),
         *settings,
         f"base_output_directory={folder}",
         *case.maxtext,
@@ -249,7 +114,7 @@ def _maxtext(case: Case, clock: Clock) -> Row:
     )
     out = pathlib.Path(folder)
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    return _row(
+    return row(
       case,
       "MaxText",
       text=(out / "program.txt").read_text(encoding="utf-8"),
@@ -292,7 +157,7 @@ def main(argv: list[str]) -> None:
   clock = Clock(_TOPOLOGY.value)
   rows: list[Row] = []
   print(_HEADER, flush=True)
-  for case in _cases():
+  for case in cases():
     if _ONLY.value and not any(part in case.name for part in _ONLY.value):
       continue
     rows.append(_ours(case, clock))

@@ -116,8 +116,8 @@ def loss_terms(
 
   def by_language(values: Float[Array, "B T"]) -> Float[Array, "I"]:
     # Not a scatter, for which a TPU sorts all tokens.
-    languages = jnp.arange(num_languages)[:, None, None]
-    here = batch.languages[None] == languages  # (I, B, T)
+    every = jnp.arange(num_languages, dtype=batch.languages.dtype)
+    here = batch.languages[None] == every[:, None, None]  # (I, B, T)
     return jnp.sum(jnp.where(here, values, 0.0), axis=(1, 2))
 
   return LossTerms(
