@@ -1,10 +1,11 @@
 """Claim: on a TPU pod our step needs less memory and time than MaxText's.
 
-  python -m benchmarks.train_step_tpu --output=FILE --maxtext_python=PYTHON
+  PYTHONPATH=. PYTHON -m benchmarks.train_step_tpu --maxtext_python=PYTHON
 
-needs libtpu (the extra `tpu`) and no TPU: programs for 64 chips of v5p are
-compiled, both by MaxText's libtpu, and what the compiler says of them is added
-up (planning/tpu_program.py), by the same reader. Mixtral 8x7B, 4 rows of 4,096
+needs libtpu and no TPU: programs for 64 chips of v5p are compiled, and what the
+compiler says of them is added up (planning/tpu_program.py), by the same reader.
+PYTHON is one that has MaxText, so that both sides are compiled by its jax and
+libtpu; ours alone run with the extra `tpu`. Mixtral 8x7B, 4 rows of 4,096
 tokens a chip, everything recomputed, bfloat16 compute on float32 parameters;
 and ours alone of AquilaMoE-8x16B. Over an expert axis we gather kernels, where
 MaxText moves tokens.
@@ -124,15 +125,6 @@ def _maxtext(case: Case, clock: Clock) -> Row:
     ) | dict(versions=report["versions"])
 
 
-def _library(python: str) -> str:
-  """The libtpu of another Python."""
-  code = "import libtpu; print(libtpu.get_library_path())"
-  done = subprocess.run(
-    [python, "-c", code], capture_output=True, text=True, check=True
-  )
-  return done.stdout.strip()
-
-
 _HEADER = (
   f"{'case':<42}{'side':<9}{'arguments':>10}{'temporaries':>12}"
   f"{'no overlap':>12}{'full':>8}{'links':>8}{'MFU':>7}"
@@ -152,8 +144,6 @@ def main(argv: list[str]) -> None:
   """Measures, prints the table and writes the JSON."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-  if _MAXTEXT_PYTHON.value:
-    os.environ["TPU_LIBRARY_PATH"] = _library(_MAXTEXT_PYTHON.value)
   clock = Clock(_TOPOLOGY.value)
   rows: list[Row] = []
   print(_HEADER, flush=True)
