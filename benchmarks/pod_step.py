@@ -13,7 +13,8 @@ from aquila_jax.planning.tpu_schedule import Clock
 from experiments.configs import aquila_8x16b
 
 TOKENS, ROWS = 4096, 4  # of a row, and rows a chip
-_EXPERTS = MoeConfig(num_experts=8, top_k=2, block_size=128)
+# Tiles of the TPU kernels do not depend on blocks; small ones pad little.
+_EXPERTS = MoeConfig(num_experts=8, top_k=2, block_size=16)
 _MIXTRAL = ModelConfig(
   vocab_size=32000,
   num_layers=32,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 from typing import Literal
 
+import jax.numpy as jnp
 from absl import logging
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from aquila_jax.kernels.expert_ffn import (
@@ -55,7 +57,7 @@ def expert_ffn(
   Raises:
     NotImplementedError: where `implementation` is not one of the backends.
   """
-  name = implementation or platform_default()
+  name = implementation or platform_default(rows.dtype)
   if name not in _BACKENDS:
     raise NotImplementedError(
       f"implementation={name!r}; there are {', '.join(_BACKENDS)}"
@@ -65,8 +67,10 @@ def expert_ffn(
   )
 
 
-def platform_default() -> Implementation:
+def platform_default(dtype: DTypeLike = jnp.float32) -> Implementation:
   """The backend that measured best for what is compiled; logged once.
+
+  Of other dtypes than float32 and bfloat16 a TPU takes gathered kernels.
 
   On a GPU pallas_gpu: of a matmul's rate it gets half, forward and backward,
   where gathered kernels and ragged_dot get a tenth and take many times the
@@ -87,7 +91,7 @@ def platform_default() -> Implementation:
     name = "cpu_loop"
   elif platform == "gpu" and whole:
     name = "pallas_gpu"
-  elif platform == "tpu" and whole:
+  elif platform == "tpu" and whole and dtype in (jnp.float32, jnp.bfloat16):
     name = "pallas_tpu"
   _say_once(f"expert_ffn: {name} on {platform}{'' if whole else 's'}")
   return name

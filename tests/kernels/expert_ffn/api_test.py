@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,19 +14,20 @@ from tests.kernels.expert_ffn import contract
 
 
 @pytest.mark.parametrize(
-  ("platform", "devices", "name"),
+  ("platform", "devices", "dtype", "name"),
   [
-    ("cpu", 8, "cpu_loop"),
-    ("gpu", 1, "pallas_gpu"),
-    ("gpu", 2, "xla"),
-    ("tpu", 1, "pallas_tpu"),
-    ("tpu", 4, "xla"),
+    ("cpu", 8, "float64", "cpu_loop"),
+    ("gpu", 1, "bfloat16", "pallas_gpu"),
+    ("gpu", 2, "bfloat16", "xla"),
+    ("tpu", 1, "bfloat16", "pallas_tpu"),
+    ("tpu", 1, "float16", "xla"),
+    ("tpu", 4, "bfloat16", "xla"),
   ],
 )
-def test_each_platform_has_its_own(monkeypatch, platform, devices, name):
+def test_each_platform_has_its_own(monkeypatch, platform, devices, dtype, name):
   monkeypatch.setattr(jax, "default_backend", lambda: platform)
   monkeypatch.setattr(jax, "device_count", lambda: devices)
-  assert api.platform_default() == name
+  assert api.platform_default(jnp.dtype(dtype)) == name
 
 
 def test_none_is_that_of_this_platform():

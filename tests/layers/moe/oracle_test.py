@@ -32,7 +32,7 @@ H = 1e-30
 @pytest.fixture(autouse=True)
 def plainly(monkeypatch):
   """In float64 and without loops, so that nothing has to be compiled whole."""
-  monkeypatch.setattr(api, "platform_default", lambda: "xla")
+  monkeypatch.setattr(api, "platform_default", lambda _: "xla")
   assert api._BACKENDS["xla"] is reference.expert_ffn
   with jax.enable_x64(True):
     yield
