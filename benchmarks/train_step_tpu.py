@@ -1,4 +1,4 @@
-"""Claim: on a TPU pod our step needs less memory and time than MaxText's.
+"""Claim: on a TPU pod a step of ours takes less time than one of MaxText's.
 
   PYTHONPATH=. PYTHON -m benchmarks.train_step_tpu --maxtext_python=PYTHON
 
