@@ -108,9 +108,10 @@ def expert_ffn(
   is_absent = device_kind is None and target().platform != "tpu"
   if is_absent and not interpret:
     raise NotImplementedError("implementation='pallas_tpu' needs a TPU")
+  kind = device_kind or target().device_kind
   chip = Chip.of(
-    device_kind or target().device_kind,
-    rows=tile_rows[0],
+    kind,
+    rows=_rows_that_fit(tile_rows[0], kernels[0], device_kind=kind),
     outer_rows=tile_rows[1],
     interpret=interpret,
   )
@@ -563,6 +564,21 @@ def _tiles(
 
 def _budget(chip: Chip) -> int:
   return chip.memory * 3 // 4
+
+
+def _rows_that_fit(
+  rows: int, gate: Float[Array, "E D F"], *, device_kind: str
+) -> int:
+  """Halved, while those of two hidden gradients leave little of the memory.
+
+  For the rows' gradients both are held whole, of this tile and the next.
+  """
+  memory = _MEMORY.get(device_kind, _LEAST_MEMORY)
+  while rows > _LANES and (
+    4 * rows * gate.shape[2] * gate.dtype.itemsize > memory * 9 // 16
+  ):
+    rows //= 2
+  return rows
 
 
 def _like(x: jax.Array, shape, dtype) -> jax.ShapeDtypeStruct:

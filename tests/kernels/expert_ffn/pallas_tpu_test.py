@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -160,4 +161,16 @@ def test_other_dtypes_are_refused():
   assert str(error.value) == (
     "implementation='pallas_tpu': rows and kernels of bfloat16, float32;"
     " need all bfloat16 or all float32"
+  )
+
+
+@pytest.mark.parametrize(
+  ("embed_dim", "mlp_dim", "rows"),
+  [(4096, 14336, 256), (5120, 20480, 128)],  # Mixtral's, AquilaMoE-8x16B's
+)
+def test_a_tile_of_rows_fits_beside_wide_experts(embed_dim, mlp_dim, rows):
+  gate: Any = jax.ShapeDtypeStruct((8, embed_dim, mlp_dim), jnp.bfloat16)
+  fit: Any = pallas_tpu._rows_that_fit
+  assert (
+    getattr(fit, "__wrapped__", fit)(256, gate, device_kind="TPU v5") == rows
   )
