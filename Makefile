@@ -161,26 +161,29 @@ $(VENV)/installed-test: $(VENV)/created setup.py pyproject.toml
 	@$(PIP) install --quiet --editable ".[test]"
 	@touch "$@" "$(VENV)/installed"
 
+# An environment of its own, beside the one that tests run in.
+define INSTALL_APART
+	@echo "Installing aquila_jax[$(EXTRA)] into $(@D) ($(TAKES)) ..."
+	@"$(PYTHON)" -m venv "$(@D)"
+	@"$(@D)/bin/python" -m pip --disable-pip-version-check install --quiet \
+	  --editable ".[$(EXTRA),test]"
+	@touch "$@"
+endef
+
+$(PARITY)/installed: EXTRA := parity
+$(PARITY)/installed: TAKES := torch: minutes
 $(PARITY)/installed: $(VENV)/created setup.py
-	@echo "Installing aquila_jax[parity] into $(PARITY) (torch: minutes) ..."
-	@"$(PYTHON)" -m venv "$(PARITY)"
-	@"$(PARITY_BIN)" -m pip --disable-pip-version-check install --quiet \
-	  --editable ".[parity,test]"
-	@touch "$@"
+	$(INSTALL_APART)
 
+$(TPU)/installed: EXTRA := tpu
+$(TPU)/installed: TAKES := libtpu: a minute
 $(TPU)/installed: $(VENV)/created setup.py
-	@echo "Installing aquila_jax[tpu] into $(TPU) (libtpu: a minute) ..."
-	@"$(PYTHON)" -m venv "$(TPU)"
-	@"$(TPU_BIN)" -m pip --disable-pip-version-check install --quiet \
-	  --editable ".[tpu,test]"
-	@touch "$@"
+	$(INSTALL_APART)
 
+$(GPU)/installed: EXTRA := triton
+$(GPU)/installed: TAKES := triton: a minute
 $(GPU)/installed: $(VENV)/created setup.py
-	@echo "Installing aquila_jax[triton] into $(GPU) (triton: a minute) ..."
-	@"$(PYTHON)" -m venv "$(GPU)"
-	@"$(GPU_BIN)" -m pip --disable-pip-version-check install --quiet \
-	  --editable ".[triton,test]"
-	@touch "$@"
+	$(INSTALL_APART)
 
 $(VENV)/installed-dev: $(VENV)/installed-test
 	@echo "Installing the development tools into $(VENV) ..."
