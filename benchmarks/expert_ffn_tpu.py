@@ -44,18 +44,21 @@ from absl import app, flags
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 from aquila_jax.kernels.expert_ffn import pallas_tpu, ragged, swiglu
-from aquila_jax.planning.tpu_schedule import Branch, Clock, Kernel, Schedule
+from aquila_jax.kernels.target import num_cores
+from aquila_jax.planning.tpu_program import Chip
+from aquila_jax.planning.tpu_schedule import (
+  PRODUCT_CYCLES,
+  Branch,
+  Clock,
+  Kernel,
+  Schedule,
+)
 from benchmarks import gpu_clock
 
 _OUTPUT = flags.DEFINE_string("output", None, "A JSON file to write.")
 _ONLY = flags.DEFINE_multi_string("only", [], "Implementations; none is all.")
 
 TOPOLOGIES = ("v5p:2x2x1", "v6e:2x2")
-_CLOCK_HZ = 1.75e9
-_CYCLES_OF_PRODUCT = 4
-_FLOPS = {"TPU v5": 459e12, "TPU v6 lite": 918e12}
-_BYTES = {"TPU v5": 2.765e12, "TPU v6 lite": 1.64e12}
-_CORES = {"TPU v5": 2, "TPU v6 lite": 1}
 _PRODUCT_FLOPS = {"TPU v5": 2 * 16 * 128**2, "TPU v6 lite": 2 * 16 * 256**2}
 # Branches of fewer bundles start copies, or wait for them.
 _SMALL = 40
@@ -273,25 +276,9 @@ def _calls(schedule: Schedule) -> dict[str, float]:
   return calls
 
 
-def _computing(kernel: Kernel) -> list[Branch]:
-  """Innermost branches with matrix instructions."""
-  having = [
-    branch
-    for branch in kernel.branches
-    if sum(kernel.products[branch.start : branch.end])
-  ]
-  return [
-    a
-    for a in having
-    if not any(
-      a is not b and a.start <= b.start and b.end <= a.end for b in having
-    )
-  ]
-
-
 def _times(kernel: Kernel, work: Workload) -> dict[Branch, int]:
   """How often branches are taken, for one tile of columns."""
-  computing = _computing(kernel)
+  computing = kernel.computing
   large = [b for b in kernel.branches if b.bundles > _SMALL]
   before = [b for b in large if b.end <= computing[0].start]
   behind = [b for b in large if b.start >= computing[-1].end]
@@ -332,7 +319,7 @@ def _cycles(
   loop = grid[0]
   products = np.asarray(kernel.products)
   if "expert_" in kernel.name:
-    is_outer = len(_computing(kernel)) > 1
+    is_outer = len(kernel.computing) > 1
     tile = pallas_tpu.TILE_ROWS[is_outer]
     rows = work.num_blocks * work.block_size
     steps = -(-rows // tile) + work.num_experts
@@ -348,14 +335,14 @@ def _cycles(
   elif "gmm" in kernel.name:
     visits = len(_visits(work.loads, _MEGABLOX_ROWS))
     weight[loop.start : loop.end] = visits * loop.known_trips
-    computing = sorted(_computing(kernel), key=lambda branch: branch.bundles)
+    computing = sorted(kernel.computing, key=lambda branch: branch.bundles)
     if len(computing) > 1:  # the larger one, of the last depth, also stores
       last = 1 / _MEGABLOX_DEPTHS
       for branch, share in zip(computing, (1 - last, last), strict=True):
         weight[branch.start : branch.end] *= share
   elif loop.trips is None:
     per_step = int(products[loop.start : loop.end].sum())
-    steps = (flops or 0.0) / _CORES[kind] / (per_step * _PRODUCT_FLOPS[kind])
+    steps = (flops or 0.0) / num_cores(kind) / (per_step * _PRODUCT_FLOPS[kind])
     weight[loop.start : loop.end] = steps
   else:
     weight[loop.start : loop.end] = loop.trips
@@ -379,6 +366,7 @@ def measured(
 ) -> Row:
   """A row of the table: one implementation in one direction."""
   kind = clock.device.device_kind
+  chip = Chip.of(kind)
   row = _labels(clock, work, implementation, backward=backward)
   try:
     schedule = compiled(clock, work, implementation, backward=backward)
@@ -391,34 +379,34 @@ def measured(
   calls = _calls(schedule)
   for kernel in schedule.kernels:
     cycles, products = _cycles(kernel, work, kind, flops=product_flops)
-    most = max(cycles, _CYCLES_OF_PRODUCT * products)
+    most = max(cycles, PRODUCT_CYCLES * products)
     times = calls.get(kernel.name, 1)
     parts[kernel.name] = dict(
       bundles=round(cycles), products=products, cycles=round(most), calls=times
     )
     total += times * most
     bundles += times * cycles
-    fetching = said.get(kernel.name, 0) / _BYTES[kind] * _CLOCK_HZ
+    fetching = said.get(kernel.name, 0) / chip.memory_bytes * chip.cycles
     roofline += max(most, fetching)
   flops = (3 if backward else 1) * work.flops
   if implementation == "one dense FFN":  # its products may be alike too
     counted = sum(part["products"] for part in parts.values())
-    counted *= _CORES[kind] * _PRODUCT_FLOPS[kind]
+    counted *= num_cores(kind) * _PRODUCT_FLOPS[kind]
     total *= max(1.0, flops / counted)
     bundles *= max(1.0, flops / counted)
-  seconds = total / _CLOCK_HZ
+  seconds = total / chip.cycles
   moved = (schedule.compiled.cost_analysis() or {}).get("bytes accessed", 0.0)
   largest = sorted(parts, key=lambda name: -parts[name]["cycles"])
   if implementation == "pallas_tpu":
-    row["roofline_ms"] = _rounded(1e3 * roofline / _CLOCK_HZ)
+    row["roofline_ms"] = _rounded(1e3 * roofline / chip.cycles)
     row["roofline_mfu"] = _rounded(
-      flops / (roofline / _CLOCK_HZ) / _FLOPS[kind]
+      flops / (roofline / chip.cycles) / chip.flops
     )
   return row | dict(
     milliseconds=_rounded(1e3 * seconds),
-    milliseconds_of_bundles=_rounded(1e3 * bundles / _CLOCK_HZ),
-    mfu=_rounded(flops / seconds / _FLOPS[kind]),
-    hbm_ms=_rounded(1e3 * moved / _BYTES[kind]),
+    milliseconds_of_bundles=_rounded(1e3 * bundles / chip.cycles),
+    mfu=_rounded(flops / seconds / chip.flops),
+    hbm_ms=_rounded(1e3 * moved / chip.memory_bytes),
     temporaries_gib=_rounded(gpu_clock.temporaries(schedule.compiled)),
     parts={name: parts[name] for name in largest[:16]},
   )

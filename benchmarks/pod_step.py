@@ -90,7 +90,7 @@ def steps(model: ModelConfig) -> int:
   return rows // 512 + model.moe.num_experts - 1
 
 
-def row(
+def row_of(
   case: Case,
   side: str,
   *,

@@ -12,6 +12,7 @@ else is written once: what no implementation can exceed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import statistics
 from collections.abc import Callable, Iterator
@@ -29,9 +30,10 @@ from aquila_jax.kernels.topk_routing.pallas_gpu import (
   default_blocks,
 )
 from aquila_jax.kernels.topk_routing.reference import Xla
-from aquila_jax.kernels.topk_routing.rule import Gradients, RoutingRule
+from aquila_jax.kernels.topk_routing.rule import Gradients
 from aquila_jax.kernels.topk_routing.shapes import NAMED, Workload
 from benchmarks import gpu_clock
+from benchmarks.topk_routing_schedule import functions
 
 _OUTPUT = flags.DEFINE_string("output", None, "A JSON file to write.")
 _TOKENS = flags.DEFINE_multi_integer("tokens", [8192, 32768], "Tokens.", 1)
@@ -49,24 +51,6 @@ def _candidates(work: Workload) -> Iterator[tuple[str, GpuBlocks]]:
           f"{groups} x {tokens} tokens, {warps} warps",
           GpuBlocks(tokens=tokens, groups=groups, warps=warps),
         )
-
-
-def _functions(backend: Backend, work: Workload):
-  """Forward, and forward with the gradient of the logits."""
-  rule = RoutingRule(top_k=work.top_k)
-
-  def forward(logits, grads):
-    del grads
-    routed, _ = backend.forward(logits, rule, bias=None, valid=None, num_rows=1)
-    return routed
-
-  def both(logits, grads):
-    routed, residuals = backend.forward(
-      logits, rule, bias=None, valid=None, num_rows=1
-    )
-    return routed, backend.backward(residuals, grads, rule)
-
-  return (("forward", forward), ("forward+backward", both))
 
 
 def _bytes(work: Workload, num_tokens: int, direction: str) -> int:
@@ -96,10 +80,14 @@ def _by_jax(
   backend: Backend, work: Workload, *, num_tokens: int, calls: int
 ) -> Iterator[Row]:
   logits, grads = _inputs(work, num_tokens)
-  for direction, function in _functions(backend, work):
-    compiled = jax.jit(function).lower(logits, grads).compile()
+  forward, both = functions(backend, work)
+  for direction, function, arguments in (
+    ("forward", forward, (logits,)),
+    ("forward+backward", both, (logits, grads)),
+  ):
+    compiled = jax.jit(function).lower(*arguments).compile()
     seconds = gpu_clock.seconds(
-      lambda compiled=compiled: compiled(logits, grads), calls=calls, rounds=5
+      functools.partial(compiled, *arguments), calls=calls, rounds=5
     )
     yield dict(direction=direction, microseconds=1e6 * seconds)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,25 @@ from aquila_jax.planning.tpu_schedule import Clock, Schedule
 TOPOLOGIES = ("v5p:2x2x1", "v6e:2x2")
 
 
+def functions(
+  backend: Backend, work: Workload
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """All outputs of logits; and of logits and gradients, with theirs."""
+  rule = RoutingRule(top_k=work.top_k)
+
+  def with_residuals(logits):
+    return backend.forward(logits, rule, bias=None, valid=None, num_rows=1)
+
+  def forward(logits):
+    return with_residuals(logits)[0]
+
+  def both(logits, grads):
+    routed, residuals = with_residuals(logits)
+    return routed, backend.backward(residuals, grads, rule)
+
+  return forward, both
+
+
 def measure(
   clock: Clock,
   backend: Backend,
@@ -23,18 +43,8 @@ def measure(
   num_tokens: int,
   backward: bool,
 ) -> Schedule:
-  """All outputs of a routing, and the gradient of its logits."""
-  rule = RoutingRule(top_k=work.top_k)
-
-  def forward(logits):
-    routed, _ = backend.forward(logits, rule, bias=None, valid=None, num_rows=1)
-    return routed
-
-  def both(logits, grads):
-    routed, residuals = backend.forward(
-      logits, rule, bias=None, valid=None, num_rows=1
-    )
-    return routed, backend.backward(residuals, grads, rule)
+  """By the schedule, of all outputs, or of these and the gradient of logits."""
+  forward, both = functions(backend, work)
 
   def array(*shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.float32)

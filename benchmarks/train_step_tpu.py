@@ -33,7 +33,7 @@ from aquila_jax.kernels.target import Target, compiling_for
 from aquila_jax.planning.tpu_schedule import Clock
 from aquila_jax.sharding.mesh import make_mesh
 from benchmarks import gpu_clock
-from benchmarks.pod_step import ROWS, TOKENS, Case, Row, cases, row, steps
+from benchmarks.pod_step import ROWS, TOKENS, Case, Row, cases, row_of, steps
 from benchmarks.training_step import lowered_step
 
 _OUTPUT = flags.DEFINE_string("output", None, "A JSON file to write.")
@@ -61,7 +61,7 @@ def _ours(case: Case, clock: Clock) -> Row:
   compile_s = time.perf_counter() - started
   assert schedule.compiled is not None
   memory: Any = schedule.compiled.memory_analysis()
-  return row(
+  return row_of(
     case,
     "ours",
     text=schedule.compiled.as_text() or "",
@@ -115,7 +115,7 @@ def _maxtext(case: Case, clock: Clock) -> Row:
     )
     out = pathlib.Path(folder)
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    return row(
+    return row_of(
       case,
       "MaxText",
       text=(out / "program.txt").read_text(encoding="utf-8"),

@@ -49,7 +49,8 @@ _FLAGS = (
 # frames the program.
 _FILE = re.compile(r"\d+-(?P<name>[^<].*)-\d+-final_bundles\.txt")
 _FRAME = "TLP"
-_PRODUCT_CYCLES = 4
+# Of a matrix instruction, at least (`Kernel.cycles_of`).
+PRODUCT_CYCLES = 4
 _LINE = re.compile(
   r"\s*(?:0x[0-9a-f]+|0)\s+(?P<label>[A-Z]{2}[A-Z ]*)?\s*:\s*"
   r"(?P<depth>>*)\s*\{(?P<code>.*)$"
@@ -131,7 +132,9 @@ class Kernel:
     for loop in self.loops:
       if loop.depth != 1:
         continue
-      computing = self._computing(loop)
+      computing = [
+        b for b in self.computing if loop.start <= b.start and b.end <= loop.end
+      ]
       trips = loop.trips or dynamic_trips * loop.known_trips
       bundles = loop.end - loop.start
       longest = max((b.bundles for b in computing), default=0)
@@ -141,18 +144,13 @@ class Kernel:
         default=sum(self.products[loop.start : loop.end]),
       )
       counted = (loop.end - loop.start) * (loop.trips or 1)
-      cycles += trips * max(bundles, _PRODUCT_CYCLES * issued) - counted
+      cycles += trips * max(bundles, PRODUCT_CYCLES * issued) - counted
     return cycles
 
-  def _computing(self, loop: Loop) -> list[Branch]:
-    """The innermost branches of a loop that have matrix instructions."""
-    having = [
-      b
-      for b in self.branches
-      if loop.start <= b.start
-      and b.end <= loop.end
-      and sum(self.products[b.start : b.end])
-    ]
+  @property
+  def computing(self) -> list[Branch]:
+    """The innermost branches that have matrix instructions."""
+    having = [b for b in self.branches if sum(self.products[b.start : b.end])]
     return [
       a
       for a in having

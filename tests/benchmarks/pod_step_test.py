@@ -33,7 +33,7 @@ def test_a_row_has_memory_time_and_what_is_not_known():
   clock: Any = types.SimpleNamespace(
     device=types.SimpleNamespace(device_kind="TPU v5"), devices=devices
   )
-  row = pod_step.row(
+  row = pod_step.row_of(
     case,
     "ours",
     text=TEXT,
