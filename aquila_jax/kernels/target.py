@@ -52,3 +52,8 @@ def is_whole() -> bool:
   if mesh.empty:
     return jax.device_count() == 1
   return mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
+
+
+def num_cores(device_kind: str) -> int:
+  """Cores that one device of JAX consists of."""
+  return 2 if device_kind in ("TPU v4", "TPU v5", "TPU v5p") else 1

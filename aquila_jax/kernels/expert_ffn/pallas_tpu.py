@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from aquila_jax.kernels.expert_ffn import swiglu
 from aquila_jax.kernels.expert_ffn.tpu_visits import Visits
-from aquila_jax.kernels.target import target
+from aquila_jax.kernels.target import num_cores, target
 
 Kernels = tuple[
   Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]
@@ -35,7 +35,6 @@ Kernels = tuple[
 TILE_ROWS = (256, 512)
 _LANES = 128
 _MIB = 2**20
-_TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
 # Of the vector memory of a core, by the kind of device; others have 16 MiB.
 _MEMORY = {
   "TPU v5 lite": 128 * _MIB,
@@ -63,7 +62,7 @@ class Chip:
   def of(cls, device_kind: str, **fields: Any) -> Chip:
     """A kind of device; others than those named have 16 MiB and one core."""
     return cls(
-      num_cores=2 if device_kind in _TWO_CORES else 1,
+      num_cores=num_cores(device_kind),
       memory=_MEMORY.get(device_kind, _LEAST_MEMORY),
       **fields,
     )
@@ -108,13 +107,13 @@ def expert_ffn(
   is_absent = device_kind is None and target().platform != "tpu"
   if is_absent and not interpret:
     raise NotImplementedError("implementation='pallas_tpu' needs a TPU")
-  kind = device_kind or target().device_kind
   chip = Chip.of(
-    kind,
-    rows=_rows_that_fit(tile_rows[0], kernels[0], device_kind=kind),
+    device_kind or target().device_kind,
+    rows=tile_rows[0],
     outer_rows=tile_rows[1],
     interpret=interpret,
   )
+  chip = _with_rows_that_fit(chip, kernels[0])
   group_rows = rows.shape[1] * swiglu.blocks_of_experts(
     jnp.asarray(block_expert),
     jnp.asarray(num_blocks),
@@ -566,19 +565,15 @@ def _budget(chip: Chip) -> int:
   return chip.memory * 3 // 4
 
 
-def _rows_that_fit(
-  rows: int, gate: Float[Array, "E D F"], *, device_kind: str
-) -> int:
-  """Halved, while those of two hidden gradients leave little of the memory.
+def _with_rows_that_fit(chip: Chip, gate: Float[Array, "E D F"]) -> Chip:
+  """Tiles halved, while two hidden gradients leave little of the budget.
 
   For the rows' gradients both are held whole, of this tile and the next.
   """
-  memory = _MEMORY.get(device_kind, _LEAST_MEMORY)
-  while rows > _LANES and (
-    4 * rows * gate.shape[2] * gate.dtype.itemsize > memory * 9 // 16
-  ):
+  rows, row_bytes = chip.rows, 2 * 2 * gate.shape[2] * gate.dtype.itemsize
+  while rows > _LANES and rows * row_bytes > _budget(chip) * 3 // 4:
     rows //= 2
-  return rows
+  return dataclasses.replace(chip, rows=rows)
 
 
 def _like(x: jax.Array, shape, dtype) -> jax.ShapeDtypeStruct:

@@ -181,10 +181,8 @@ def forward(*refs, shape: Shape) -> None:
     probability = exp / total[:, None]
     scores = probability
     if rule.order == "sigmoid":
-      scores = jax.nn.sigmoid(logits)
-      probability = scores / jnp.maximum(
-        jnp.sum(scores, axis=1)[:, None], jnp.finfo(jnp.float32).tiny
-      )
+      scores = rule.scoring.scores(logits)
+      probability = rule.scoring.probability(logits)
     ranks = logits
     if bias_ref is not None:
       if rule.order != "topk_then_softmax":
@@ -300,10 +298,8 @@ def backward(*refs, shape: Shape) -> None:
     )
     everywhere += 2 * z_grad_ref[0] * logsumexp
     if rule.order == "sigmoid":
-      scores = jax.nn.sigmoid(logits)
-      P = scores / jnp.maximum(
-        jnp.sum(scores, axis=1)[:, None], jnp.finfo(jnp.float32).tiny
-      )
+      scores = rule.scoring.scores(logits)
+      P = rule.scoring.probability(logits)
       mean = jnp.sum(P * dP, axis=1)[:, None]
       grad = p * everywhere + P * (1 - scores) * (dP - mean)
     else:

@@ -20,10 +20,8 @@ from aquila_jax.kernels.topk_routing.rule import (
   Residuals,
   Routed,
   RoutingRule,
+  beyond_kernels,
 )
-
-_MOST_EXPERTS = 512
-
 
 # Of a thread; more take so many registers that few programs run at once.
 _LOGITS = 8
@@ -66,13 +64,7 @@ class PallasGpu:
     """A reason, or None."""
     if self.device_kind is None and target().platform != "gpu":
       return f"GPU, but {target().platform}"
-    if rule.limits_groups:
-      return f"top_groups={rule.top_groups} of num_groups={rule.num_groups}"
-    if dtype not in (jnp.float32, jnp.bfloat16):
-      return f"logits of {dtype}"
-    if num_experts > _MOST_EXPERTS:
-      return f"num_experts={num_experts}, above {_MOST_EXPERTS}"
-    return None
+    return beyond_kernels(rule, dtype, num_experts)
 
   def forward(
     self,

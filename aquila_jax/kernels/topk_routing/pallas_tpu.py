@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
-from aquila_jax.kernels.target import target
+from aquila_jax.kernels.target import num_cores, target
 from aquila_jax.kernels.topk_routing import (
   few_experts,
   tpu_backward,
@@ -33,11 +33,11 @@ from aquila_jax.kernels.topk_routing.rule import (
   Residuals,
   Routed,
   RoutingRule,
+  beyond_kernels,
 )
 from aquila_jax.kernels.topk_routing.tpu_forward import Shape
 from aquila_jax.kernels.topk_routing.tuning import Blocks
 
-_MOST_EXPERTS = 512
 # Their compiler has no gather along sublanes.
 _WITHOUT_GATHER = ("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite")
 
@@ -59,13 +59,7 @@ class PallasTpu:
       return f"TPU, but {target().platform}"
     if self._kind in _WITHOUT_GATHER:
       return f"kernel for {self._kind}"
-    if rule.limits_groups:
-      return f"top_groups={rule.top_groups} of num_groups={rule.num_groups}"
-    if dtype not in (jnp.float32, jnp.bfloat16):
-      return f"logits of {dtype}"
-    if num_experts > _MOST_EXPERTS:
-      return f"num_experts={num_experts}, above {_MOST_EXPERTS}"
-    return None
+    return beyond_kernels(rule, dtype, num_experts)
 
   def forward(
     self,
@@ -181,7 +175,7 @@ class PallasTpu:
       row_tokens,
       num_rows,
       blocks=blocks,
-      num_cores=tuning.num_cores(kind),
+      num_cores=num_cores(kind),
       unit=tpu_few.UNIT if is_few else LANES,
     )
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+import jax.numpy as jnp
 from flax import struct
 
 from aquila_jax.core.model_config import RouterOrder
 from aquila_jax.core.types import Leaf
 from aquila_jax.kernels.topk_routing.scoring import Scoring, make_scoring
+
+# What the kernels were written and tested for.
+_MOST_EXPERTS = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,19 @@ class RoutingRule:
   def limits_groups(self) -> bool:
     """Whether experts of some groups are out of reach of a token."""
     return self.top_groups < self.num_groups
+
+
+def beyond_kernels(
+  rule: RoutingRule, dtype: jnp.dtype, num_experts: int
+) -> str | None:
+  """What of it the reference alone can do, on any device; None is nothing."""
+  if rule.limits_groups:
+    return f"top_groups={rule.top_groups} of num_groups={rule.num_groups}"
+  if dtype not in (jnp.float32, jnp.bfloat16):
+    return f"logits of {dtype}"
+  if num_experts > _MOST_EXPERTS:
+    return f"num_experts={num_experts}, above {_MOST_EXPERTS}"
+  return None
 
 
 class Routed(struct.PyTreeNode):

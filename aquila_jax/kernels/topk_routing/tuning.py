@@ -64,8 +64,3 @@ def blocks(device_kind: str, *, num_experts: int, top_k: int) -> Blocks:
   rows = -(-num_experts // SUBLANES) * SUBLANES
   most = 2 ** int(math.log2(_MOST_LOGITS / rows))
   return found.cut(min(found.tokens, most))
-
-
-def num_cores(device_kind: str) -> int:
-  """Cores that one device of JAX consists of."""
-  return 2 if device_kind in ("TPU v4", "TPU v5", "TPU v5p") else 1

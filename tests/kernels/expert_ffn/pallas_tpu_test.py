@@ -170,7 +170,6 @@ def test_other_dtypes_are_refused():
 )
 def test_a_tile_of_rows_fits_beside_wide_experts(embed_dim, mlp_dim, rows):
   gate: Any = jax.ShapeDtypeStruct((8, embed_dim, mlp_dim), jnp.bfloat16)
-  fit: Any = pallas_tpu._rows_that_fit
-  assert (
-    getattr(fit, "__wrapped__", fit)(256, gate, device_kind="TPU v5") == rows
-  )
+  chip = pallas_tpu.Chip.of("TPU v5", rows=256, outer_rows=512, interpret=False)
+  fit: Any = pallas_tpu._with_rows_that_fit
+  assert getattr(fit, "__wrapped__", fit)(chip, gate).rows == rows

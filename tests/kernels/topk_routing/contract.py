@@ -9,12 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as of_numpy
 
 from aquila_jax.kernels.topk_routing import api
 from aquila_jax.kernels.topk_routing.rule import Gradients, Routed, RoutingRule
 from tests.kernels.topk_routing import oracle
 
 EPSILON = 2.0**-24
+SPECIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 3e38, 1e-45]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,6 +162,42 @@ class TopkRoutingContract:
       rtol=rounding,
       atol=rounding * np.abs(exact).max(),
     )
+
+
+# What no kernel takes: rule, dtype, number of experts, and the reason given.
+REFUSED = [
+  (
+    RoutingRule(top_k=2, num_groups=4, top_groups=2),
+    jnp.float32,
+    8,
+    "top_groups=2 of num_groups=4",
+  ),
+  (RoutingRule(top_k=2), jnp.float16, 8, "logits of float16"),
+  (RoutingRule(top_k=2), jnp.float32, 513, "num_experts=513, above 512"),
+]
+# Of nine tokens: whatever a float can be.
+ANY_LOGITS = of_numpy.arrays(
+  np.float32,
+  (9, 11),
+  elements=st.one_of(st.floats(width=32), st.sampled_from(SPECIAL)),
+)
+
+
+def check_choice(found: Routed, logits: np.ndarray) -> None:
+  """Of three experts a token: those of top_k, and as many in the counts."""
+  expected = jax.lax.top_k(jnp.asarray(logits), 3)[1]
+  np.testing.assert_array_equal(found.experts, expected)
+  np.testing.assert_array_equal(
+    found.counts[0], np.bincount(np.asarray(expected).ravel(), minlength=11)
+  )
+
+
+def check_refused(backend, rule, dtype, num_experts: int, reason: str) -> None:
+  """An error that gives the reason."""
+  logits = jnp.zeros((4, num_experts), dtype)
+  with pytest.raises(NotImplementedError) as caught:
+    api.topk_routing(logits, rule, implementation=backend)
+  assert str(caught.value) == f"implementation='backend': no {reason}"
 
 
 def _call(backend, case: Case, logits, bias, valid) -> Routed:

@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as of_numpy
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -21,8 +19,14 @@ from aquila_jax.kernels.topk_routing.grid import Grid
 from aquila_jax.kernels.topk_routing.pallas_tpu import PallasTpu
 from aquila_jax.kernels.topk_routing.rule import RoutingRule
 from aquila_jax.kernels.topk_routing.tuning import Blocks
-from tests.kernels.topk_routing.contract import Case, TopkRoutingContract
-from tests.kernels.topk_routing.reference_test import SPECIAL
+from tests.kernels.topk_routing.contract import (
+  ANY_LOGITS,
+  REFUSED,
+  Case,
+  TopkRoutingContract,
+  check_choice,
+  check_refused,
+)
 
 # One core, and two.
 ONE = PallasTpu(device_kind="TPU v6 lite", interpret=True)
@@ -131,20 +135,9 @@ _choose = jax.jit(
 
 
 @hypothesis.settings(max_examples=60, deadline=None)
-@hypothesis.given(
-  logits=of_numpy.arrays(
-    np.float32,
-    (9, 11),
-    elements=st.one_of(st.floats(width=32), st.sampled_from(SPECIAL)),
-  )
-)
+@hypothesis.given(logits=ANY_LOGITS)
 def test_the_choice_is_that_of_top_k_whatever_the_logits(logits):
-  found = _choose(jnp.asarray(logits))
-  expected = jax.lax.top_k(jnp.asarray(logits), 3)[1]
-  np.testing.assert_array_equal(found.experts, expected)
-  np.testing.assert_array_equal(
-    found.counts[0], np.bincount(np.asarray(expected).ravel(), minlength=11)
-  )
+  check_choice(_choose(jnp.asarray(logits)), logits)
 
 
 def _loss(logits):
@@ -182,24 +175,9 @@ def test_vmap_remat_and_shard_map():
       np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-  ("rule", "dtype", "num_experts", "reason"),
-  [
-    (
-      RoutingRule(top_k=2, num_groups=4, top_groups=2),
-      jnp.float32,
-      8,
-      "top_groups=2 of num_groups=4",
-    ),
-    (RoutingRule(top_k=2), jnp.float16, 8, "logits of float16"),
-    (RoutingRule(top_k=2), jnp.float32, 513, "num_experts=513, above 512"),
-  ],
-)
+@pytest.mark.parametrize(("rule", "dtype", "num_experts", "reason"), REFUSED)
 def test_what_it_cannot_do(rule, dtype, num_experts, reason):
-  logits = jnp.zeros((4, num_experts), dtype)
-  with pytest.raises(NotImplementedError) as caught:
-    api.topk_routing(logits, rule, implementation=ONE)
-  assert str(caught.value) == f"implementation='backend': no {reason}"
+  check_refused(ONE, rule, dtype, num_experts, reason)
 
 
 def test_old_chips_are_named():

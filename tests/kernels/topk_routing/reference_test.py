@@ -16,6 +16,7 @@ from aquila_jax.kernels.topk_routing import api
 from aquila_jax.kernels.topk_routing.rule import RoutingRule
 from tests.kernels.topk_routing import oracle
 from tests.kernels.topk_routing.contract import (
+  SPECIAL,
   Case,
   TopkRoutingContract,
   compare,
@@ -58,9 +59,6 @@ class TestXla(TopkRoutingContract):
         has_valid=True,
       )
     )
-
-
-SPECIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 3e38, 1e-45]
 
 
 @st.composite
