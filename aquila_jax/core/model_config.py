@@ -11,6 +11,7 @@ RouterOrder = Literal["topk_then_softmax", "softmax_then_topk", "sigmoid"]
 LayerPattern = Literal["all", "every_second", "last_half"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 AttentionImplementation = Literal["xla", "chunked", "splash", "cudnn"]
+ExpertExchange = Literal["ragged_all_to_all", "all_to_all", "all_gather"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,12 @@ class MoeConfig:
   # Rows a block of the dropless dispatch; a group of rows that belongs to one
   # expert is padded to a multiple of it.
   block_size: int = 64
+  # Where devices hold different experts (mesh.expert): how rows reach them;
+  # None is what sends the fewest bytes (layers/moe/expert_parallel.py).
+  exchange: ExpertExchange | None = None
+  # Its buffers, as multiples of what a device gets where experts are met
+  # evenly. What does not fit takes an exact way that is slower.
+  buffer_factor: float = 1.5
   # Hidden width of one more expert that every token meets; 0 is none.
   shared_expert_dim: int = 0
   # Multiply its output by sigmoid(x w), as Qwen2-MoE does.
@@ -135,6 +142,9 @@ class MoeConfig:
       f"capacity_factor={self.capacity_factor}: need > 0, or None for dropless",
     )
     require(self.block_size >= 1, f"block_size={self.block_size}: need >= 1")
+    require(
+      self.buffer_factor >= 1, f"buffer_factor={self.buffer_factor}: need >= 1"
+    )
     self._check_logits()
     self._check_groups()
     if not self.is_causal:
@@ -461,6 +471,8 @@ _MOE_WAYS = (
   "capacity_factor",
   "use_routing_kernel",
   "block_size",
+  "exchange",
+  "buffer_factor",
 )
 
 

@@ -20,7 +20,7 @@ from aquila_jax.sharding.mesh import BATCH_AXES
 from aquila_jax.sharding.rules import STORAGE
 
 # Kernels that the compiler cannot divide are told how heads lie.
-_MESH_AXES = MeshAxes(rows=BATCH_AXES, kv_heads=(STORAGE["kv_head"],))
+_MESH_AXES = MeshAxes(rows=BATCH_AXES, kv_heads=STORAGE["kv_head"])
 
 
 class KVCache(struct.PyTreeNode):

@@ -6,29 +6,34 @@ moments and the EMA lie where their parameters lie.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from aquila_jax.core import errors
 from aquila_jax.core.axes import LeafAxes
 from aquila_jax.sharding.mesh import nearest_divisors
 
-# Storage: logical axis -> mesh axis. `layer` is scanned and `head_dim` is what
-# RoPE pairs up, so neither is cut; `q_per_kv` follows its group.
-STORAGE = {
-  "layer": None,
-  "vocab": "tensor",
-  "embed": "fsdp",
-  "kv_head": "tensor",
-  "q_per_kv": None,
-  "head_dim": None,
-  "mlp": "tensor",
-  "expert": "expert",
-  "dense_mlp": "tensor",
-  "shared_mlp": "tensor",
-  "shared_expert": None,
+# Storage: logical axis -> mesh axes. `layer` is scanned and `head_dim` is what
+# RoPE pairs up, so neither is cut; `q_per_kv` follows its group. A mesh axis
+# cuts a leaf once, along the first of its dimensions that names it: so what is
+# gathered of an FFN over `fsdp` are rows, of a kernel that reads `embed` and of
+# one that writes it. Columns would come interleaved, to be copied into place.
+STORAGE: dict[str, tuple[str, ...]] = {
+  "layer": (),
+  "vocab": ("tensor",),
+  "embed": ("fsdp",),
+  "kv_head": ("tensor",),
+  "q_per_kv": (),
+  "head_dim": (),
+  "mlp": ("tensor", "fsdp"),
+  "expert": ("expert",),
+  "dense_mlp": ("tensor", "fsdp"),
+  "shared_mlp": ("tensor", "fsdp"),
+  "shared_expert": (),
 }
 
 # Where the user sets the size of an axis that must be divided evenly. `vocab`
@@ -75,21 +80,34 @@ def leaf_spec(
   Raises:
     errors.UserError: as `param_shardings`.
   """
-  entries = []
-  for name, size in zip(axes.names, shape, strict=True):
-    mesh_axis = STORAGE[name]
-    if mesh_axis is not None and size % mesh.shape[mesh_axis]:
-      if name in _SIZE_FIELDS:
+  return spec_of(axes.names, shape, mesh=mesh)
+
+
+def spec_of(
+  names: Sequence[str], shape: Sequence[int], *, mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+  """As `leaf_spec`, of axes by their names.
+
+  Of an axis with two mesh axes the first must divide it, the second may.
+  """
+  entries, used = [], set()
+  for name, size in zip(names, shape, strict=True):
+    taken: list[str] = []
+    for mesh_axis in STORAGE[name]:
+      if mesh_axis in used or mesh_axis not in mesh.shape:
+        continue
+      rest = size // math.prod(mesh.shape[axis] for axis in taken)
+      if rest % mesh.shape[mesh_axis] == 0:
+        taken.append(mesh_axis)
+      elif mesh_axis == STORAGE[name][0] and name in _SIZE_FIELDS:
         raise _indivisible(name, size, mesh_axis=mesh_axis, mesh=mesh)
-      mesh_axis = None
-    # A square embed -> embed matrix would name its mesh axis twice; a mesh axis
-    # cuts a leaf once.
-    entries.append(None if mesh_axis in entries else mesh_axis)
+    used.update(taken)
+    entries.append(tuple(taken) if len(taken) > 1 else next(iter(taken), None))
   return PartitionSpec(*entries)
 
 
 def _indivisible(
-  name: str, size: int, *, mesh_axis: str, mesh: Mesh
+  name: str, size: int, *, mesh_axis: str, mesh: Mesh | AbstractMesh
 ) -> errors.UserError:
   wanted = mesh.shape[mesh_axis]
   fitting = " or ".join(map(str, nearest_divisors(size, wanted)))

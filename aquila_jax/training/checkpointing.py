@@ -57,6 +57,8 @@ _BEFORE: dict[str, Any] = {
       "group_score": "max",
       "input_jitter": 0.0,
       "logit_noise": 0.0,
+      "exchange": None,
+      "buffer_factor": 1.5,
     }
   },
 }

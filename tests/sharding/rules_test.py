@@ -66,11 +66,21 @@ def test_leaves_lie_where_the_table_says():
   assert attention["key_bias"] == P(None, "tensor", None)
   assert attention["out_kernel"] == P(None, "tensor", None, None, "fsdp")
   assert mlp["gate_kernel"] == P(None, "expert", "fsdp", "tensor")
-  assert mlp["down_kernel"] == P(None, "expert", "tensor", "fsdp")
+  assert mlp["down_kernel"] == P(None, "expert", ("tensor", "fsdp"), None)
   assert mlp["router"]["kernel"] == P(None, "fsdp", "expert")
   assert specs["embedding"]["table"] == P("tensor", "fsdp")
   assert specs["lm_head"]["kernel"] == P("fsdp", "tensor")
   assert specs["final_norm"]["scale"] == P("fsdp")
+
+
+def test_rows_are_cut_where_they_divide_and_else_columns():
+  mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+  specs = jax.tree.map(lambda s: s.spec, _shardings(_config(mlp_dim=24), mesh))
+  assert specs["layers"]["mlp"]["down_kernel"] == P(
+    None, ("tensor", "fsdp"), None
+  )
+  specs = jax.tree.map(lambda s: s.spec, _shardings(_config(mlp_dim=20), mesh))
+  assert specs["layers"]["mlp"]["down_kernel"] == P(None, "tensor", "fsdp")
 
 
 def test_leaves_that_some_layers_have_lie_as_those_of_all():
@@ -78,8 +88,10 @@ def test_leaves_that_some_layers_have_lie_as_those_of_all():
   mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
   specs = jax.tree.map(lambda s: s.spec, _shardings(_config(moe=moe), mesh))
   layers = specs["layers"]
-  assert layers["mlp"]["down_kernel"] == P(None, "expert", "tensor", "fsdp")
-  assert layers["dense_mlp"]["down_kernel"] == P(None, "tensor", "fsdp")
+  assert layers["mlp"]["down_kernel"] == P(
+    None, "expert", ("tensor", "fsdp"), None
+  )
+  assert layers["dense_mlp"]["down_kernel"] == P(None, ("tensor", "fsdp"), None)
   assert layers["dense_mlp"]["up_kernel"] == P(None, "fsdp", "tensor")
   moe = dataclasses.replace(moe, dense_mlp_dim=25)
   with pytest.raises(UserError) as caught:
@@ -98,7 +110,7 @@ def test_leaves_of_options_lie_where_the_table_says():
   assert attention["query_norm"]["scale"] == P(None, None)
   shared = specs["layers"]["mlp"]["shared"]
   assert shared["gate_kernel"] == P(None, "fsdp", "tensor")
-  assert shared["down_kernel"] == P(None, "tensor", "fsdp")
+  assert shared["down_kernel"] == P(None, ("tensor", "fsdp"), None)
   assert shared["token_gate_kernel"] == P(None, "fsdp", None)
 
 

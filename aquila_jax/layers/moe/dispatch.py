@@ -37,7 +37,7 @@ class Meetings(struct.PyTreeNode):
 
 
 @runtime_checkable
-class Dispatch(Protocol):
+class Rows(Protocol):
   """Where rows go: P blocks of Q slots, each block of one expert."""
 
   block_expert: Leaf  # int [P]
@@ -50,6 +50,11 @@ class Dispatch(Protocol):
   def combine(self, rows: Float[Array, "P Q D"]) -> Float[Array, "M D"]:
     """The sum over a token's slots of gate * row, in the rows' dtype."""
     ...
+
+
+@runtime_checkable
+class Dispatch(Rows, Protocol):
+  """Where rows go, and what was meant."""
 
   def meetings(self) -> Meetings:
     """See `Meetings`."""
@@ -65,18 +70,20 @@ class TokenDispatch(struct.PyTreeNode):
   block_expert: Leaf  # int [P]
   num_blocks: Leaf  # int []
   kept: Leaf  # bool [M A]
+  served: (
+    Leaf  # int [E]; of an expert's assignments, the first so many are kept
+  )
 
   def gather(self, x: Float[Array, "M D"]) -> Float[Array, "P Q D"]:
-    num_blocks, top_k = self.block_expert.shape[0], self.kept.shape[1]
-    routed = jnp.repeat(x, top_k, axis=0)  # (M, D) -> (R, D)
-    rows = _permute(routed, self.assignment, self.slot)
+    num_blocks = self.block_expert.shape[0]
+    rows = _spread(x, self.assignment, self.slot)
     return rows.reshape(num_blocks, -1, x.shape[-1])
 
   def combine(self, rows: Float[Array, "P Q D"]) -> Float[Array, "M D"]:
     """A dropped assignment adds zero."""
     gates = self.routing.gates
     flat = rows.reshape(-1, rows.shape[-1])
-    routed = _permute(flat, self.slot, self.assignment)
+    routed = permute(flat, self.slot, self.assignment)
     routed = routed.reshape(*gates.shape, -1)  # (R, D) -> (M, A, D)
     return jnp.einsum("MAD,MA->MD", routed, gates.astype(routed.dtype))
 
@@ -126,11 +133,12 @@ class Capacity:
   def place(self, routing: Routing) -> TokenDispatch:
     num_experts = routing.counts.size
     capacity = _capacity(self.factor, routing, num_parts=1)
-    position = routing.positions.reshape(-1)
-    return _place(
+    served = jnp.minimum(routing.counts, capacity)
+    return place(
       routing,
-      slot=routing.experts.reshape(-1) * capacity + position,
-      fits=position < capacity,
+      slot=routing.experts * capacity + routing.positions,
+      kept=_kept(routing, served),
+      served=served,
       num_slots=num_experts * capacity,
       block_expert=jnp.arange(num_experts, dtype=jnp.int32),
       num_blocks=jnp.asarray(num_experts, jnp.int32),
@@ -217,53 +225,95 @@ def _place_in_blocks(
   routing: Routing, *, counts: Int[Array, "E"], block_size: int
 ) -> TokenDispatch:
   """Each expert's first `counts` assignments, in blocks of one expert."""
-  num_experts, num_rows = counts.size, routing.experts.size
-  # sum_e ceil(c_e / Q) <= (R + E (Q - 1)) / Q
-  max_blocks = (num_rows + num_experts * (block_size - 1)) // block_size
-  blocks = -(-counts // block_size)
-  last_block = jnp.cumsum(blocks, dtype=jnp.int32)
-  first_slot = (last_block - blocks) * block_size
-  block_expert = jnp.searchsorted(
-    last_block, jnp.arange(max_blocks, dtype=jnp.int32), side="right"
+  blocks = Blocks.of(
+    counts, num_rows=routing.experts.size, block_size=block_size
   )
-  experts, positions = (
-    routing.experts.reshape(-1),
-    routing.positions.reshape(-1),
-  )
-  return _place(
+  return place(
     routing,
-    slot=first_slot[experts] + positions,
-    fits=positions < counts[experts],
-    num_slots=max_blocks * block_size,
-    block_expert=jnp.minimum(block_expert, num_experts - 1),
-    num_blocks=last_block[-1],
+    slot=blocks.first_slot[routing.experts] + routing.positions,
+    kept=_kept(routing, counts),
+    served=counts,
+    num_slots=blocks.num_slots,
+    block_expert=blocks.expert,
+    num_blocks=blocks.count,
   )
 
 
-def _place(
+class Blocks(struct.PyTreeNode):
+  """Groups of rows, one an expert, each padded to whole blocks of Q slots."""
+
+  first_slot: Leaf  # int [E]; of an expert's group
+  expert: Leaf  # int [P]; of a block
+  count: Leaf  # int []; blocks in use; they come first
+  num_slots: int = struct.field(pytree_node=False)  # P * Q
+
+  @classmethod
+  def of(
+    cls, counts: Int[Array, "E"], *, num_rows: int, block_size: int
+  ) -> Blocks:
+    """Room for groups of these sizes, which are `num_rows` at most together."""
+    num_experts = counts.size
+    # sum_e ceil(c_e / Q) <= (R + E (Q - 1)) / Q
+    max_blocks = (num_rows + num_experts * (block_size - 1)) // block_size
+    blocks = -(-counts // block_size)
+    last_block = jnp.cumsum(blocks, dtype=jnp.int32)
+    block_expert = jnp.searchsorted(
+      last_block, jnp.arange(max_blocks, dtype=jnp.int32), side="right"
+    )
+    return cls(
+      first_slot=(last_block - blocks) * block_size,
+      expert=jnp.minimum(block_expert, num_experts - 1),
+      count=last_block[-1],
+      num_slots=max_blocks * block_size,
+    )
+
+
+def place(
   routing: Routing,
   *,
-  slot: Int[Array, "R"],
-  fits: Bool[Array, "R"],
+  slot: Int[Array, "M A"],
+  kept: Bool[Array, "M A"],
+  served: Int[Array, "E"],
   num_slots: int,
   block_expert: Int[Array, "P"],
   num_blocks: Int[Array, ""],
 ) -> TokenDispatch:
-  num_tokens, top_k = routing.experts.shape
-  kept = fits & jnp.repeat(routing.valid, top_k)
-  slot = jnp.where(kept, slot, num_slots)
-  assignment = jnp.full(num_slots, slot.size, jnp.int32)
-  assignment = assignment.at[slot].set(
-    jnp.arange(slot.size, dtype=jnp.int32), mode="drop"
-  )
+  """Assignments in slots of their own.
+
+  Args:
+    routing: of the tokens.
+    slot: of every assignment that is kept.
+    kept: whether an assignment is.
+    served: of each expert, how many are.
+    num_slots: P * Q.
+    block_expert: see TokenDispatch.
+    num_blocks: see there.
+
+  Returns:
+    The plan.
+  """
+  slot = jnp.where(kept, slot, num_slots).reshape(-1)
   return TokenDispatch(
     routing=routing,
     slot=slot,
-    assignment=assignment,
+    assignment=inverse(slot, num_slots),
     block_expert=block_expert,
     num_blocks=num_blocks,
-    kept=kept.reshape(num_tokens, top_k),
+    kept=kept,
+    served=served,
   )
+
+
+def _kept(routing: Routing, served: Int[Array, "E"]) -> Bool[Array, "M A"]:
+  """Of each expert the first so many assignments of valid tokens."""
+  return (routing.positions < served[routing.experts]) & routing.valid[:, None]
+
+
+def inverse(index: Int[Array, "R"], length: int) -> Int[Array, "length"]:
+  """Who has `index`: for 0, 1, ... the place in it, R where nobody has it."""
+  nobody = jnp.full(length, index.size, jnp.int32)
+  everyone = jnp.arange(index.size, dtype=jnp.int32)
+  return nobody.at[index].set(everyone, mode="drop")
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -271,7 +321,29 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _permute(x, index, inverse):
+def _spread(x, assignment, slot):
+  """x[assignment // A], zeros in empty slots; (M, D) -> (slots, D).
+
+  A token's row is read for each of its slots and never stood beside itself;
+  backward, what its slots have is gathered and summed.
+  """
+  # An empty slot has R, which is A times M.
+  return _take(x, assignment // (slot.size // x.shape[0]))
+
+
+def _spread_forward(x, assignment, slot):
+  return _spread(x, assignment, slot), slot.reshape(x.shape[0], -1)
+
+
+def _spread_backward(slot, grad):
+  return jnp.sum(_take(grad, slot), axis=1), None, None
+
+
+_spread.defvjp(_spread_forward, _spread_backward)
+
+
+@jax.custom_vjp
+def permute(x, index, inverse):
   """x[index], zeros where out of range; `inverse` serves the backward pass.
 
   Each row is taken at most once, so the transpose of the gather is the gather
@@ -289,4 +361,4 @@ def _permute_backward(inverse, grad):
   return _take(grad, inverse), None, None
 
 
-_permute.defvjp(_permute_forward, _permute_backward)
+permute.defvjp(_permute_forward, _permute_backward)

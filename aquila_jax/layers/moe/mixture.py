@@ -2,9 +2,9 @@
 
 Where a mesh divides the rows of a batch, each device routes, moves and computes
 its own rows: what belongs to other rows is sums, and how many tokens before its
-own have chosen an expert. Experts come to the tokens: their kernels are
-gathered over the axes that store them in parts, layer by layer, and their
-gradients summed into those parts.
+own have chosen an expert. Kernels that are stored in parts are gathered, layer
+by layer, and their gradients summed into those parts; where devices hold
+different experts, rows go to them (expert_parallel.py).
 
 Experts that choose tokens choose among all of them, so that the compiler
 divides their work.
@@ -22,15 +22,23 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from aquila_jax.core.model_config import MoeConfig
-from aquila_jax.kernels.expert_ffn import api as expert_ffn
+from aquila_jax.layers.feed_forward import KERNEL_AXES
+from aquila_jax.layers.moe import expert_parallel
 from aquila_jax.layers.moe.dispatch import Dispatch, Meetings, TokenChoice
 from aquila_jax.layers.moe.expert_choice import ExpertChoice
 from aquila_jax.layers.moe.losses import RoutingSums
 from aquila_jax.layers.moe.router import Affinity
 from aquila_jax.sharding.mesh import BATCH_AXES
-from aquila_jax.sharding.rules import STORAGE
+from aquila_jax.sharding.rules import spec_of
 
 Kernels = tuple[jax.Array, jax.Array, jax.Array]  # gate, up, down
+# Names of their axes, in turn.
+_KERNEL_AXES = tuple(
+  ("expert", *(axis.name for axis in leaf_axes))
+  for leaf_axes in KERNEL_AXES.values()
+)
+# The mesh axis that they are gathered over.
+_PARTS = "fsdp"
 
 
 @runtime_checkable
@@ -80,23 +88,30 @@ def mixture(
     return _whole(x, affinity, kernels, make_choice(config), num_rows=num_rows)
   rows: Any = P(axes)
   everywhere: Any = P()
-  stored = _stored(mesh)
+  stored = tuple(
+    spec_of(names, kernel.shape, mesh=mesh)
+    for names, kernel in zip(_KERNEL_AXES, kernels, strict=True)
+  )
   is_plain = affinity.plain is affinity.logits
 
   def on_device(x, affinity, kernels):
     if is_plain:
       affinity = affinity.replace(plain=affinity.logits)
-    out, sums, meetings = _whole(
-      x,
-      affinity,
-      _gathered(kernels, stored),
-      TokenChoice(config, divided_over=axes),
-      num_rows=num_rows // _parts(mesh, axes),
+    plan, sums = TokenChoice(config, divided_over=axes).dispatch(
+      affinity, num_rows=num_rows // _parts(mesh, axes)
     )
+    kernels = _gathered(kernels, stored)
+    if mesh.shape.get("expert", 1) > 1:
+      out = expert_parallel.apply(
+        x, plan, kernels, config=config, axis="expert"
+      )
+    else:
+      out = expert_parallel.computed(x, plan, kernels)
+    meetings = plan.meetings()
     over_rows = functools.partial(jax.lax.psum, axis_name=axes)
-    if STORAGE["mlp"] in mesh.shape:
+    if "tensor" in mesh.shape:
       # Hidden units stay in parts, and so does what they give.
-      out = jax.lax.psum(out, STORAGE["mlp"])
+      out = jax.lax.psum(out, "tensor")
     return (
       out,
       sums.replace(entropy=over_rows(sums.entropy), z=over_rows(sums.z)),
@@ -136,35 +151,21 @@ def _whole(
   num_rows: int,
 ) -> tuple[Float[Array, "M D"], RoutingSums, Meetings]:
   plan, sums = choice.dispatch(affinity, num_rows=num_rows)
-  rows = expert_ffn.expert_ffn(
-    plan.gather(x),
-    kernels,
-    block_expert=plan.block_expert,
-    num_blocks=plan.num_blocks,
-  )
-  return plan.combine(rows), sums, plan.meetings()
+  out = expert_parallel.computed(x, plan, kernels)
+  return out, sums, plan.meetings()
 
 
 def _parts(mesh: AbstractMesh, axes: tuple[str, ...]) -> int:
   return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def _stored(mesh: AbstractMesh) -> tuple[P, P, P]:
-  """How gate, up and down lie."""
-  expert, embed, mlp = (
-    STORAGE[name] if STORAGE[name] in mesh.shape else None
-    for name in ("expert", "embed", "mlp")
-  )
-  return P(expert, embed, mlp), P(expert, embed, mlp), P(expert, mlp, embed)
-
-
-def _gathered(kernels: Kernels, stored: tuple[P, P, P]) -> Kernels:
-  """All experts, whole along `embed`."""
+def _gathered(kernels: Kernels, stored: tuple[P, ...]) -> Kernels:
+  """This device's experts and hidden units, whole in all else."""
 
   def one(kernel: jax.Array, spec: P) -> jax.Array:
-    for i, axis in enumerate(spec):
-      if axis is not None and axis != STORAGE["mlp"]:
-        kernel = jax.lax.all_gather(kernel, axis, axis=i, tiled=True)
+    for i, entry in enumerate(spec):
+      if entry == _PARTS or (isinstance(entry, tuple) and _PARTS in entry):
+        kernel = jax.lax.all_gather(kernel, _PARTS, axis=i, tiled=True)
     return kernel
 
   gate, up, down = map(one, kernels, stored)
