@@ -8,6 +8,7 @@ from typing import Any
 from aquila_jax.core import config as config_lib
 from aquila_jax.core.experiment_config import MeshConfig
 from aquila_jax.core.model_config import ModelConfig, MoeConfig
+from aquila_jax.layers.moe import expert_parallel
 from aquila_jax.planning import counting, tpu_program
 from aquila_jax.planning.tpu_schedule import Clock
 from experiments.configs import aquila_8x16b
@@ -106,6 +107,7 @@ def row_of(
     chip=chip,
     coordinates=[tuple(device.coords) for device in clock.devices],
     kernel_cycles=kernel_cycles,
+    rare=[expert_parallel.OVERFLOW],
   )
   flops = (
     ROWS

@@ -7,8 +7,8 @@ compiler says of them is added up (planning/tpu_program.py), by the same reader.
 PYTHON is one that has MaxText, so that both sides are compiled by its jax and
 libtpu; ours alone run with the extra `tpu`. Mixtral 8x7B, 4 rows of 4,096
 tokens a chip, everything recomputed, bfloat16 compute on float32 parameters;
-and ours alone of AquilaMoE-8x16B. Over an expert axis we gather kernels, where
-MaxText moves tokens.
+and ours alone of AquilaMoE-8x16B. Over an expert axis both move tokens; what
+ours would do if a buffer did not suffice has its memory counted, not its time.
 
 Time is a sum of estimates: once with nothing beside anything else, by which
 `mfu` is, and once with all collectives beside all compute. Kernels whose grid

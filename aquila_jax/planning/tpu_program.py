@@ -11,7 +11,8 @@ counts as often as the loops around it run:
 
 A collective that has started may hide behind compute, or not: both sums are
 given, and the truth lies between them. Copies between memories are taken to be
-hidden. Of the branches of a conditional the longest counts.
+hidden. Of the branches of a conditional the longest counts, of those that are
+not said to be rare.
 
 Collectives on a torus, V bytes being the whole array and n the dimensions of
 the torus that a group spans, each with links in both directions at W bytes a
@@ -136,6 +137,7 @@ def estimate(
   chip: Chip,
   coordinates: Coordinates,
   kernel_cycles: Mapping[str, int] | None = None,
+  rare: Sequence[str] = (),
 ) -> Estimate:
   """Reads a compiled program.
 
@@ -146,6 +148,8 @@ def estimate(
     kernel_cycles: of one run of each Pallas kernel, by its instruction's name.
       Kernels with the same body are compiled once, in the name of one of them:
       the others may be missing.
+    rare: names of scopes (`jax.named_scope`): a branch that has one of them is
+      not counted where another has not.
 
   Returns:
     The estimate.
@@ -156,6 +160,7 @@ def estimate(
     chip=chip,
     coordinates=coordinates,
     kernel_cycles=kernel_cycles or {},
+    rare=rare,
   )
   parts = tuple(reader.computation(program.entry, trips=1))
   return Estimate(
@@ -336,11 +341,13 @@ class _Reader:
     chip: Chip,
     coordinates: Coordinates,
     kernel_cycles: Mapping[str, int],
+    rare: Sequence[str],
   ):
     self.program = program
     self.chip = chip
     self.coordinates = coordinates
     self.kernel_cycles = self._with_twins(kernel_cycles)
+    self.rare = set(rare)
     self.unknown_kernels: list[str] = []
     self.unknown_loops: list[str] = []
 
@@ -403,7 +410,17 @@ class _Reader:
       for name in names
       if name is not None
     ]
-    return max(options, key=lambda parts: sum(part.seconds for part in parts))
+    usual = [parts for parts in options if not self._is_rare(parts)]
+    return max(
+      usual or options, key=lambda parts: sum(part.seconds for part in parts)
+    )
+
+  def _is_rare(self, parts: list[Part]) -> bool:
+    # jit(step)/transpose(jvp(scope))/add
+    scopes = {
+      scope for part in parts for scope in re.findall(r"[^/()]+", part.op_name)
+    }
+    return not self.rare.isdisjoint(scopes)
 
   def _trips(self, loop: _Instruction) -> int:
     """Of a loop that counts from 0 by ones to a constant."""

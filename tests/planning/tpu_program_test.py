@@ -47,7 +47,7 @@ HloModule jit_step, is_scheduled=true
 }
 
 %long (param.5: f32[8]) -> f32[8] {
-  ROOT %m = f32[8]{0} negate(%param.5), backend_config={"window_config":{"estimated_cycles":"3"}}
+  ROOT %m = f32[8]{0} negate(%param.5), metadata={op_name="jit(step)/transpose(jvp(overflow))/neg"}, backend_config={"window_config":{"estimated_cycles":"3"}}
 }
 
 ENTRY %main (a: f32[8]) -> f32[8] {
@@ -84,6 +84,15 @@ def test_every_part_counts_as_often_as_it_runs():
   assert found.unknown_loops == ("while.2",)
   fusion = next(part for part in found.parts if part.name == "fusion.1")
   assert (fusion.trips, fusion.op_name) == (5, "jit(step)/layer")
+
+
+@pytest.mark.parametrize(
+  ("rare", "cycles"),
+  [(["overflow"], 2), (["over"], 3), (["other", "overflow"], 2), ([], 3)],
+)
+def test_a_branch_that_is_rare_does_not_count(rare, cycles):
+  found = _estimate(kernel_cycles={"kernel.1": 11}, rare=rare)
+  assert found.seconds("estimate") == (5 + 1) * 7 + cycles
 
 
 def test_collectives_are_by_the_links_of_their_group():

@@ -43,6 +43,8 @@ from aquila_jax.layers.moe import dispatch
 from aquila_jax.layers.moe.dispatch import Blocks, Rows, TokenDispatch
 
 Kernels = tuple[jax.Array, jax.Array, jax.Array]  # gate, up, down
+# The scope of what is computed where buffers do not suffice.
+OVERFLOW = "expert_overflow"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -534,6 +536,7 @@ def computed(
   return rows.combine(out)
 
 
+@jax.named_scope(OVERFLOW)
 def _around(
   group: Group, floats: _Floats, plan: TokenDispatch, traffic: Traffic
 ) -> Float[Array, "M D"]:
