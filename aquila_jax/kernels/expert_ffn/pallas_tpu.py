@@ -13,7 +13,6 @@ and their gradients); and only tiles in which experts meet are masked.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,47 +24,21 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from aquila_jax.kernels.expert_ffn import swiglu
+from aquila_jax.kernels.expert_ffn.tpu_tiles import (
+  LANES,
+  Chip,
+  tile_of_columns,
+  tiles_of_both,
+  with_rows_that_fit,
+)
 from aquila_jax.kernels.expert_ffn.tpu_visits import Visits
-from aquila_jax.kernels.target import num_cores, target
+from aquila_jax.kernels.target import target
 
 Kernels = tuple[
   Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]
 ]
 # Of a tile, in products of rows and in the gradients of kernels.
 TILE_ROWS = (256, 512)
-_LANES = 128
-_MIB = 2**20
-# Of the vector memory of a core, by the kind of device; others have 16 MiB.
-_MEMORY = {
-  "TPU v5 lite": 128 * _MIB,
-  "TPU v5e": 128 * _MIB,
-  "TPU v5": 64 * _MIB,
-  "TPU v5p": 64 * _MIB,
-  "TPU v6 lite": 128 * _MIB,
-  "TPU v6e": 128 * _MIB,
-  "TPU7x": 64 * _MIB,
-}
-_LEAST_MEMORY = 16 * _MIB
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
-  """What a kernel is compiled for."""
-
-  num_cores: int  # of one device of JAX
-  memory: int  # bytes of a core
-  rows: int  # of a tile
-  outer_rows: int  # of a tile, in the gradients of kernels
-  interpret: bool
-
-  @classmethod
-  def of(cls, device_kind: str, **fields: Any) -> Chip:
-    """A kind of device; others than those named have 16 MiB and one core."""
-    return cls(
-      num_cores=num_cores(device_kind),
-      memory=_MEMORY.get(device_kind, _LEAST_MEMORY),
-      **fields,
-    )
 
 
 def expert_ffn(
@@ -113,7 +86,7 @@ def expert_ffn(
     outer_rows=tile_rows[1],
     interpret=interpret,
   )
-  chip = _with_rows_that_fit(chip, kernels[0])
+  chip = with_rows_that_fit(chip, kernels[0])
   group_rows = rows.shape[1] * swiglu.blocks_of_experts(
     jnp.asarray(block_expert),
     jnp.asarray(num_blocks),
@@ -305,7 +278,7 @@ def _by_rows(
     products = (len(kernels) + num_tiled) * made
     return 2 * size * moved + 4 * products + size * num_outputs * made
 
-  columns = _columns(width, held, chip=chip)
+  columns = tile_of_columns(width, held, chip=chip)
 
   def rows_at(column, step, tile, *refs):
     del column, refs
@@ -410,14 +383,14 @@ def _outer(
   dtype, tile_rows = x.dtype, visits.tile_rows
   depth, width = x.shape[1], ys[0].shape[1]
   size, num_sums = dtype.itemsize, len(ys)
-  part_rows = tile_rows // 2 if tile_rows % (2 * _LANES) == 0 else tile_rows
+  part_rows = tile_rows // 2 if tile_rows % (2 * LANES) == 0 else tile_rows
 
   def held(rows: int, columns: int) -> int:
     moved = tile_rows * (rows + num_sums * columns)
     sums = num_sums * rows * columns
     return 2 * size * (moved + sums) + 4 * sums + 4 * rows * tile_rows
 
-  tile, order = _tiles(depth, width, held, chip=chip)
+  tile, order = tiles_of_both(depth, width, held, chip=chip)
 
   def x_at(a, b, step, tile_ref, *refs):
     del refs
@@ -516,64 +489,6 @@ def _params(chip: Chip, *, num_dimensions: int) -> pltpu.CompilerParams:
     dimension_semantics=("parallel", *others),
     vmem_limit_bytes=chip.memory * 15 // 16,
   )
-
-
-def _sizes(length: int) -> list[int]:
-  """Tiles of an axis, largest first: all of it, or parts of whole lanes."""
-  parts = range(2, pl.cdiv(length, _LANES) + 1)
-  cut = (pl.cdiv(pl.cdiv(length, part), _LANES) * _LANES for part in parts)
-  return [length, *sorted({size for size in cut if size < length})[::-1]]
-
-
-def _columns(length: int, held: Callable[[int], int], *, chip: Chip) -> int:
-  """The tile with which the fewest steps and the least padding are taken.
-
-  Cores share the tiles.
-  """
-  found = []
-  for size in _sizes(length):
-    if held(size) <= _budget(chip):
-      of_core = pl.cdiv(pl.cdiv(length, size), chip.num_cores)
-      found.append((of_core * pl.cdiv(size, _LANES) * _LANES, of_core, size))
-  return min(found)[2] if found else _sizes(length)[-1]
-
-
-def _tiles(
-  depth: int, width: int, held: Callable[[int, int], int], *, chip: Chip
-) -> tuple[tuple[int, int], tuple[int, int]]:
-  """Of two axes, the pair with which the least is computed, then read.
-
-  And the axes' order in the grid: cores share the first one's tiles.
-  """
-  found = []
-  for rows in _sizes(depth):
-    for columns in _sizes(width):
-      if held(rows, columns) > _budget(chip):
-        continue
-      tiles = pl.cdiv(depth, rows), pl.cdiv(width, columns)
-      read = depth * tiles[1] + width * tiles[0]
-      one = rows * pl.cdiv(columns, _LANES) * _LANES
-      for order in ((0, 1), (1, 0)):
-        of_core = pl.cdiv(tiles[order[0]], chip.num_cores) * tiles[order[1]]
-        found.append((of_core * one, read, (rows, columns), order))
-  if not found:
-    return (_sizes(depth)[-1], _sizes(width)[-1]), (0, 1)
-  return min(found)[2:]
-
-
-def _budget(chip: Chip) -> int:
-  return chip.memory * 3 // 4
-
-
-def _with_rows_that_fit(chip: Chip, gate: Float[Array, "E D F"]) -> Chip:
-  """Tiles halved, while two hidden gradients leave little of the budget.
-
-  For the rows' gradients both are held whole, of this tile and the next.
-  """
-  rows, row_bytes = chip.rows, 2 * 2 * gate.shape[2] * gate.dtype.itemsize
-  while rows > _LANES and rows * row_bytes > _budget(chip) * 3 // 4:
-    rows //= 2
-  return dataclasses.replace(chip, rows=rows)
 
 
 def _like(x: jax.Array, shape, dtype) -> jax.ShapeDtypeStruct:

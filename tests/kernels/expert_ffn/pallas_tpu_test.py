@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from aquila_jax.kernels.expert_ffn import pallas_tpu, reference
+from aquila_jax.kernels.expert_ffn import pallas_tpu, reference, tpu_tiles
 from aquila_jax.kernels.expert_ffn.tpu_visits import Visits
 from tests.kernels.expert_ffn import contract
 
@@ -170,6 +170,6 @@ def test_other_dtypes_are_refused():
 )
 def test_a_tile_of_rows_fits_beside_wide_experts(embed_dim, mlp_dim, rows):
   gate: Any = jax.ShapeDtypeStruct((8, embed_dim, mlp_dim), jnp.bfloat16)
-  chip = pallas_tpu.Chip.of("TPU v5", rows=256, outer_rows=512, interpret=False)
-  fit: Any = pallas_tpu._with_rows_that_fit
+  chip = tpu_tiles.Chip.of("TPU v5", rows=256, outer_rows=512, interpret=False)
+  fit: Any = tpu_tiles.with_rows_that_fit
   assert getattr(fit, "__wrapped__", fit)(chip, gate).rows == rows
