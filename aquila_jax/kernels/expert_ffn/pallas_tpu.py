@@ -13,6 +13,7 @@ and their gradients); and only tiles in which experts meet are masked.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -135,30 +136,14 @@ def _forward(chip, rows, kernels, group_rows):
 
 def _backward(chip, residuals, out_grad):
   rows, kernels, group_rows, g, u = residuals
-  gate, up, down = kernels
-  by_rows = functools.partial(
-    _by_rows, visits=_visits(rows, group_rows, chip=chip), chip=chip
-  )
-  dg, du, hidden = by_rows(
-    _hidden_gradients,
-    whole=[out_grad],
-    tiled=[g, u],
-    kernels=[(down, 1)],
-    num_outputs=3,
-    in_place=True,
-    name="expert_hidden_gradients",
-  )
-  (dx,) = by_rows(
-    _rows_gradient,
-    whole=[dg, du],
-    kernels=[(gate, 1), (up, 1)],
-    num_outputs=1,
-    name="expert_rows_gradient",
+  visits = _visits(rows, group_rows, chip=chip)
+  dg, du, hidden, dx = _gradients_of_rows(
+    out_grad, g, u, kernels, visits=visits, chip=chip
   )
   outer = functools.partial(
     _outer,
     visits=_visits(rows, group_rows, chip=chip, outer=True),
-    num_experts=gate.shape[0],
+    num_experts=kernels[0].shape[0],
     chip=chip,
   )
   gate_grad, up_grad = outer(rows, [dg, du], name="expert_gate_up_gradient")
@@ -181,28 +166,55 @@ def _visits(rows, group_rows, *, chip: Chip, outer: bool = False) -> Visits:
 
 def _gate_up(rows, gate, up, *, visits: Visits, chip: Chip, keep: bool):
   """silu(x gate) * (x up), and where they are kept x gate and x up."""
+  operands = _Operands(
+    whole=[rows], kernels=[(gate, 2), (up, 2)], num_outputs=3 if keep else 1
+  )
   return _by_rows(
-    _gated,
-    whole=[rows],
-    kernels=[(gate, 2), (up, 2)],
-    num_outputs=3 if keep else 1,
-    visits=visits,
-    chip=chip,
-    name="expert_gate_up",
+    _gated, operands, visits=visits, chip=chip, name="expert_gate_up"
   )
 
 
 def _down(hidden, down, *, visits: Visits, chip: Chip):
+  operands = _Operands(whole=[hidden], kernels=[(down, 2)], num_outputs=1)
   (out,) = _by_rows(
-    _product,
-    whole=[hidden],
-    kernels=[(down, 2)],
-    num_outputs=1,
-    visits=visits,
-    chip=chip,
-    name="expert_down",
+    _product, operands, visits=visits, chip=chip, name="expert_down"
   )
   return out
+
+
+def _gradients_of_rows(dy, g, u, kernels, *, visits: Visits, chip: Chip):
+  """dg, du, hidden and dx: in one visit where a core has all of an expert.
+
+  So dg and du are not read again, for which v6e would have to wait.
+  """
+  gate, up, down = kernels
+  by_rows = functools.partial(_by_rows, visits=visits, chip=chip)
+  hidden_operands = _Operands(
+    whole=[dy], tiled=[g, u], kernels=[(down, 1)], num_outputs=3
+  )
+  operands = dataclasses.replace(
+    hidden_operands,
+    kernels=[(down, 1), (gate, 2), (up, 2)],
+    whole_outputs=[dy.shape[1]],
+  )
+  if operands.fit_as_one_tile(visits.tile_rows, chip):
+    return by_rows(
+      _hidden_and_rows_gradients,
+      operands,
+      in_place=True,
+      name="expert_hidden_and_rows_gradients",
+    )
+  dg, du, hidden = by_rows(
+    _hidden_gradients,
+    hidden_operands,
+    in_place=True,
+    name="expert_hidden_gradients",
+  )
+  rows_operands = _Operands(
+    whole=[dg, du], kernels=[(gate, 1), (up, 1)], num_outputs=1
+  )
+  (dx,) = by_rows(_rows_gradient, rows_operands, name="expert_rows_gradient")
+  return dg, du, hidden, dx
 
 
 def _dot(a, b, *, contract: tuple[int, int] = (1, 0)):
@@ -234,51 +246,90 @@ def _rows_gradient(dg, du, gate, up):
   return (dx + _dot(du[...], up[...], contract=(1, 1)),)
 
 
+def _hidden_and_rows_gradients(dy, g, u, down, gate, up):
+  dg, du, hidden = _hidden_gradients(dy, g, u, down)
+  # As they are stored: dx is that of two kernels.
+  stored = dg.astype(dy.dtype), du.astype(dy.dtype)
+  return dg, du, hidden, *_rows_gradient(*stored, gate, up)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Operands:
+  """What a kernel over rows has of a tile of them in a step, and makes."""
+
+  whole: Sequence[jax.Array]  # [R, K]: all columns
+  tiled: Sequence[jax.Array] = ()  # [R, N]: a tile of columns
+  # Of the rows' expert, each with the axis of length N that is in tiles.
+  kernels: Sequence[tuple[jax.Array, int]]
+  num_outputs: int  # [R, N]: a tile of columns
+  # [R, K] of these widths, behind the others: all columns. They need all N at
+  # once, so that there can be but one tile.
+  whole_outputs: Sequence[int] = ()
+
+  @property
+  def width(self) -> int:
+    """N."""
+    kernel, axis = self.kernels[0]
+    return kernel.shape[axis]
+
+  @property
+  def weights(self) -> int:
+    """Numbers of an expert's kernels beside one of N."""
+    return sum(k.size // k.shape[0] // self.width for k, _ in self.kernels)
+
+  def output_widths(self, columns: int) -> list[int]:
+    """What a step makes of each output."""
+    return [columns] * self.num_outputs + list(self.whole_outputs)
+
+  def held(self, columns: int, *, tile_rows: int) -> int:
+    """Bytes: what comes or goes twice, and products in float32."""
+    size = self.whole[0].dtype.itemsize
+    made = sum(self.output_widths(columns))
+    tiled = len(self.tiled) * columns
+    depth = sum(x.shape[1] for x in self.whole)
+    moved = tile_rows * (depth + tiled + made) + self.weights * columns
+    products = tile_rows * (
+      len(self.kernels) * max([columns, *self.whole_outputs]) + tiled + made
+    )
+    return 2 * size * moved + 4 * products + size * tile_rows * made
+
+  def fit_as_one_tile(self, tile_rows: int, chip: Chip) -> bool:
+    """Whether a core has all columns in a step; two share tiles of them."""
+    held = self.held(self.width, tile_rows=tile_rows)
+    return chip.num_cores == 1 and held <= chip.budget
+
+
 def _by_rows(
   body: Callable[..., tuple[jax.Array, ...]],
+  operands: _Operands,
   *,
-  whole: list[Float[Array, "R K"]],
-  kernels: list[tuple[jax.Array, int]],
-  num_outputs: int,
   visits: Visits,
   chip: Chip,
   name: str,
-  tiled: Sequence[Float[Array, "R N"]] = (),
   in_place: bool = False,
-) -> tuple[Float[Array, "R N"], ...]:
+) -> tuple[Float[Array, "R _"], ...]:
   """What `body` makes of rows and the kernels of their expert; else zeros.
 
   Args:
     body: of references to a tile of rows of all `whole`, of `tiled` and of
-      `kernels`, in this order, the outputs.
-    whole: arrays of which a step has all columns.
-    kernels: of the rows' expert, each with the axis whose tiles give the tiles
-      of columns of the outputs; of length N.
-    num_outputs: the first so many of what `body` returns.
+      `kernels`, in this order, the outputs; more than there are are left out.
+    operands: see _Operands.
     visits: the steps.
     chip: see Chip.
     name: of the kernel.
-    tiled: arrays of which a step has the columns of the outputs.
     in_place: the first outputs take the memory of the tiled arrays.
 
   Returns:
     The outputs.
   """
+  whole, tiled, kernels = operands.whole, operands.tiled, operands.kernels
+  tile_rows, width = visits.tile_rows, operands.width
   num_rows, dtype = whole[0].shape[0], whole[0].dtype
-  tile_rows, size = visits.tile_rows, dtype.itemsize
-  width = kernels[0][0].shape[kernels[0][1]]
-  depth = sum(x.shape[1] for x in whole)
-  weights = sum(k.size // k.shape[0] // width for k, _ in kernels)
-  num_tiled = len(tiled) + num_outputs
-
-  def held(columns: int) -> int:
-    """Bytes: what comes or goes twice, and products in float32."""
-    moved = tile_rows * (depth + num_tiled * columns) + weights * columns
-    made = tile_rows * columns
-    products = (len(kernels) + num_tiled) * made
-    return 2 * size * moved + 4 * products + size * num_outputs * made
-
+  held = functools.partial(operands.held, tile_rows=tile_rows)
   columns = tile_of_columns(width, held, chip=chip)
+  assert columns == width or not operands.whole_outputs, columns
+  widths = operands.output_widths(columns)
+  num_outputs = len(widths)
 
   def rows_at(column, step, tile, *refs):
     del column, refs
@@ -332,21 +383,29 @@ def _by_rows(
       for out, other in zip(outputs, others, strict=True):
         out[...] = _only(first, end, out[...], others=other[...])
 
-  out = _like(whole[0], (num_rows, width), dtype)
+  outs = [
+    _like(whole[0], (num_rows, n), dtype) for n in operands.output_widths(width)
+  ]
+  all_columns = [
+    pl.BlockSpec((tile_rows, n), rows_at) for n in operands.whole_outputs
+  ]
+  tile_of_them = pl.BlockSpec((tile_rows, columns), tile_at)
   arrays = [*whole, *tiled, *(kernel for kernel, _ in kernels)]
+  moved = pl.cdiv(width, columns) * sum(x.size for x in whole)
+  moved += sum(x.size for x in (*arrays[len(whole) :], *outs))
   call = pl.pallas_call(
     run,
-    out_shape=(out,) * num_outputs,
+    out_shape=tuple(outs),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=4,
       grid=(pl.cdiv(width, columns), visits.tile.shape[0]),
       in_specs=[
         *(pl.BlockSpec((tile_rows, x.shape[1]), rows_at) for x in whole),
-        *[pl.BlockSpec((tile_rows, columns), tile_at)] * len(tiled),
+        *[tile_of_them] * len(tiled),
         *(kernel_spec(kernel, axis) for kernel, axis in kernels),
       ],
-      out_specs=[pl.BlockSpec((tile_rows, columns), tile_at)] * num_outputs,
-      scratch_shapes=[pltpu.VMEM((tile_rows, columns), dtype)] * num_outputs,
+      out_specs=[tile_of_them] * operands.num_outputs + all_columns,
+      scratch_shapes=[pltpu.VMEM((tile_rows, n), dtype) for n in widths],
     ),
     # A tile is fetched once, however many experts it has.
     input_output_aliases={
@@ -355,14 +414,9 @@ def _by_rows(
     },
     compiler_params=_params(chip, num_dimensions=2),
     cost_estimate=pl.CostEstimate(
-      flops=2 * num_rows * weights * width,
+      flops=2 * num_rows * operands.weights * width,
       transcendentals=num_rows * width,
-      bytes_accessed=size
-      * (
-        pl.cdiv(width, columns) * sum(x.size for x in whole)
-        + sum(x.size for x in (*tiled, *(kernel for kernel, _ in kernels)))
-        + num_outputs * out.size
-      ),
+      bytes_accessed=dtype.itemsize * moved,
     ),
     interpret=chip.interpret,
     name=name,
