@@ -8,7 +8,8 @@ scheme of MegaBlocks (Gale et al., 2022, arXiv:2211.15841) as in jax's megablox.
 
 We differ where it costs time: what is computed element by element is done where
 a product leaves the matrix unit; what shares rows is one kernel (gate and up,
-and their gradients); and only tiles in which experts meet are masked.
+and their gradients; down too, where a core holds all of an expert); and only
+tiles in which experts meet are masked.
 """
 
 from __future__ import annotations
@@ -120,24 +121,18 @@ def _varying(leaf: jax.Array) -> frozenset:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _expert_ffn(chip, rows, kernels, group_rows):
-  gate, up, down = kernels
-  visits = _visits(rows, group_rows, chip=chip)
-  (hidden,) = _gate_up(rows, gate, up, visits=visits, chip=chip, keep=False)
-  return _down(hidden, down, visits=visits, chip=chip)
+  return _outputs(chip, rows, kernels, group_rows, keep=False)[0]
 
 
 def _forward(chip, rows, kernels, group_rows):
-  gate, up, down = kernels
-  visits = _visits(rows, group_rows, chip=chip)
-  hidden, g, u = _gate_up(rows, gate, up, visits=visits, chip=chip, keep=True)
-  out = _down(hidden, down, visits=visits, chip=chip)
+  out, g, u = _outputs(chip, rows, kernels, group_rows, keep=True)
   return out, (rows, kernels, group_rows, g, u)
 
 
 def _backward(chip, residuals, out_grad):
   rows, kernels, group_rows, g, u = residuals
   visits = _visits(rows, group_rows, chip=chip)
-  dg, du, hidden, dx = _gradients_of_rows(
+  dx, dg, du, hidden = _gradients_of_rows(
     out_grad, g, u, kernels, visits=visits, chip=chip
   )
   outer = functools.partial(
@@ -164,26 +159,33 @@ def _visits(rows, group_rows, *, chip: Chip, outer: bool = False) -> Visits:
   )
 
 
-def _gate_up(rows, gate, up, *, visits: Visits, chip: Chip, keep: bool):
-  """silu(x gate) * (x up), and where they are kept x gate and x up."""
+def _outputs(chip, rows, kernels, group_rows, *, keep: bool):
+  """The outputs, and where they are kept x gate and x up.
+
+  In one visit where a core has all of an expert: hidden units stay there.
+  """
+  gate, up, down = kernels
+  visits = _visits(rows, group_rows, chip=chip)
+  by_rows = functools.partial(_by_rows, visits=visits, chip=chip)
   operands = _Operands(
+    whole=[rows],
+    kernels=[(gate, 2), (up, 2), (down, 1)],
+    num_outputs=2 if keep else 0,
+    whole_outputs=[rows.shape[1]],
+  )
+  if operands.fit_as_one_tile(visits.tile_rows, chip):
+    return by_rows(_gated_and_down, operands, name="expert_hidden_and_output")
+  hidden_operands = _Operands(
     whole=[rows], kernels=[(gate, 2), (up, 2)], num_outputs=3 if keep else 1
   )
-  return _by_rows(
-    _gated, operands, visits=visits, chip=chip, name="expert_gate_up"
-  )
-
-
-def _down(hidden, down, *, visits: Visits, chip: Chip):
-  operands = _Operands(whole=[hidden], kernels=[(down, 2)], num_outputs=1)
-  (out,) = _by_rows(
-    _product, operands, visits=visits, chip=chip, name="expert_down"
-  )
-  return out
+  hidden, *kept = by_rows(_gated, hidden_operands, name="expert_gate_up")
+  out_operands = _Operands(whole=[hidden], kernels=[(down, 2)], num_outputs=1)
+  (out,) = by_rows(_product, out_operands, name="expert_down")
+  return out, *kept
 
 
 def _gradients_of_rows(dy, g, u, kernels, *, visits: Visits, chip: Chip):
-  """dg, du, hidden and dx: in one visit where a core has all of an expert.
+  """dx, dg, du and hidden: in one visit where a core has all of an expert.
 
   So dg and du are not read again, for which v6e would have to wait.
   """
@@ -214,7 +216,7 @@ def _gradients_of_rows(dy, g, u, kernels, *, visits: Visits, chip: Chip):
     whole=[dg, du], kernels=[(gate, 1), (up, 1)], num_outputs=1
   )
   (dx,) = by_rows(_rows_gradient, rows_operands, name="expert_rows_gradient")
-  return dg, du, hidden, dx
+  return dx, dg, du, hidden
 
 
 def _dot(a, b, *, contract: tuple[int, int] = (1, 0)):
@@ -229,6 +231,12 @@ def _dot(a, b, *, contract: tuple[int, int] = (1, 0)):
 def _gated(x, gate, up):
   g, u = _dot(x[...], gate[...]), _dot(x[...], up[...])
   return jax.nn.silu(g) * u, g, u
+
+
+def _gated_and_down(x, gate, up, down):
+  hidden, g, u = _gated(x, gate, up)
+  # As it is stored where `down` is another kernel's.
+  return _dot(hidden.astype(x.dtype), down[...]), g, u
 
 
 def _product(hidden, down):
@@ -250,7 +258,7 @@ def _hidden_and_rows_gradients(dy, g, u, down, gate, up):
   dg, du, hidden = _hidden_gradients(dy, g, u, down)
   # As they are stored: dx is that of two kernels.
   stored = dg.astype(dy.dtype), du.astype(dy.dtype)
-  return dg, du, hidden, *_rows_gradient(*stored, gate, up)
+  return *_rows_gradient(*stored, gate, up), dg, du, hidden
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,7 +270,7 @@ class _Operands:
   # Of the rows' expert, each with the axis of length N that is in tiles.
   kernels: Sequence[tuple[jax.Array, int]]
   num_outputs: int  # [R, N]: a tile of columns
-  # [R, K] of these widths, behind the others: all columns. They need all N at
+  # [R, K] of these widths, before the others: all columns. They need all N at
   # once, so that there can be but one tile.
   whole_outputs: Sequence[int] = ()
 
@@ -279,7 +287,7 @@ class _Operands:
 
   def output_widths(self, columns: int) -> list[int]:
     """What a step makes of each output."""
-    return [columns] * self.num_outputs + list(self.whole_outputs)
+    return [*self.whole_outputs, *[columns] * self.num_outputs]
 
   def held(self, columns: int, *, tile_rows: int) -> int:
     """Bytes: what comes or goes twice, and products in float32."""
@@ -317,7 +325,7 @@ def _by_rows(
     visits: the steps.
     chip: see Chip.
     name: of the kernel.
-    in_place: the first outputs take the memory of the tiled arrays.
+    in_place: the first tiled outputs take the memory of the tiled arrays.
 
   Returns:
     The outputs.
@@ -404,12 +412,12 @@ def _by_rows(
         *[tile_of_them] * len(tiled),
         *(kernel_spec(kernel, axis) for kernel, axis in kernels),
       ],
-      out_specs=[tile_of_them] * operands.num_outputs + all_columns,
+      out_specs=[*all_columns, *[tile_of_them] * operands.num_outputs],
       scratch_shapes=[pltpu.VMEM((tile_rows, n), dtype) for n in widths],
     ),
     # A tile is fetched once, however many experts it has.
     input_output_aliases={
-      len(visits.arrays) + len(whole) + i: i
+      len(visits.arrays) + len(whole) + i: len(all_columns) + i
       for i in range(len(tiled) if in_place else 0)
     },
     compiler_params=_params(chip, num_dimensions=2),
