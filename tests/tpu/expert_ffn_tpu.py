@@ -111,11 +111,12 @@ def test_small_experts_get_most_of_the_rate_of_large_ones(topology, share):
   assert small[share] >= 0.8 * large[share]
 
 
-def test_each_shard_of_a_pod_has_kernels():
+@pytest.mark.parametrize("pod", ["v5p:4x4x4", "v6e:8x8"])
+def test_each_shard_of_a_pod_has_kernels(pod):
   """Inside of shard_map, with types checked; kernels are shared by shards."""
   clock("v5p:2x2x1")
   devices = topologies.get_topology_desc(
-    platform="tpu", topology_name="v5p:4x4x4"
+    platform="tpu", topology_name=pod
   ).devices
   mesh = Mesh(np.asarray(devices), ("data",))
   kind = devices[0].device_kind
