@@ -78,8 +78,8 @@ def platform_default(dtype: DTypeLike = jnp.float32) -> Implementation:
 
   On a TPU pallas_tpu, by what the compiler schedules, since no TPU was at hand:
   forward and backward, 0.96 of the published rate on v5p and 0.86 on v6e with 8
-  experts of 5,632 units, 0.86 and 0.69 with 64 of 704. megablox takes 1.1 to
-  1.7 times as long; ragged_dot, whose gradient of kernels is a dense product
+  experts of 5,632 units, 0.86 and 0.71 with 64 of 704. megablox takes 1.1 to
+  1.8 times as long; ragged_dot, whose gradient of kernels is a dense product
   for every expert, 4 times and more (benchmarks/results/expert_ffn_tpu.json).
 
   A kernel has to have the arrays whole, as on one device or in shard_map;

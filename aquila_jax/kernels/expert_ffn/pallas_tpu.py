@@ -8,7 +8,8 @@ scheme of MegaBlocks (Gale et al., 2022, arXiv:2211.15841) as in jax's megablox.
 
 We differ where it costs time: what is computed element by element is done where
 a product leaves the matrix unit; what shares rows is one kernel (gate and up,
-and their gradients); and only tiles in which experts meet are masked.
+and their gradients; down too, where a core holds all of an expert); and only
+tiles in which experts meet are masked.
 """
 
 from __future__ import annotations
@@ -25,47 +26,21 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from aquila_jax.kernels.expert_ffn import swiglu
+from aquila_jax.kernels.expert_ffn.tpu_tiles import (
+  LANES,
+  Chip,
+  tile_of_columns,
+  tiles_of_both,
+  with_rows_that_fit,
+)
 from aquila_jax.kernels.expert_ffn.tpu_visits import Visits
-from aquila_jax.kernels.target import num_cores, target
+from aquila_jax.kernels.target import target
 
 Kernels = tuple[
   Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]
 ]
 # Of a tile, in products of rows and in the gradients of kernels.
 TILE_ROWS = (256, 512)
-_LANES = 128
-_MIB = 2**20
-# Of the vector memory of a core, by the kind of device; others have 16 MiB.
-_MEMORY = {
-  "TPU v5 lite": 128 * _MIB,
-  "TPU v5e": 128 * _MIB,
-  "TPU v5": 64 * _MIB,
-  "TPU v5p": 64 * _MIB,
-  "TPU v6 lite": 128 * _MIB,
-  "TPU v6e": 128 * _MIB,
-  "TPU7x": 64 * _MIB,
-}
-_LEAST_MEMORY = 16 * _MIB
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
-  """What a kernel is compiled for."""
-
-  num_cores: int  # of one device of JAX
-  memory: int  # bytes of a core
-  rows: int  # of a tile
-  outer_rows: int  # of a tile, in the gradients of kernels
-  interpret: bool
-
-  @classmethod
-  def of(cls, device_kind: str, **fields: Any) -> Chip:
-    """A kind of device; others than those named have 16 MiB and one core."""
-    return cls(
-      num_cores=num_cores(device_kind),
-      memory=_MEMORY.get(device_kind, _LEAST_MEMORY),
-      **fields,
-    )
 
 
 def expert_ffn(
@@ -113,7 +88,7 @@ def expert_ffn(
     outer_rows=tile_rows[1],
     interpret=interpret,
   )
-  chip = _with_rows_that_fit(chip, kernels[0])
+  chip = with_rows_that_fit(chip, kernels[0])
   group_rows = rows.shape[1] * swiglu.blocks_of_experts(
     jnp.asarray(block_expert),
     jnp.asarray(num_blocks),
@@ -146,46 +121,24 @@ def _varying(leaf: jax.Array) -> frozenset:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _expert_ffn(chip, rows, kernels, group_rows):
-  gate, up, down = kernels
-  visits = _visits(rows, group_rows, chip=chip)
-  (hidden,) = _gate_up(rows, gate, up, visits=visits, chip=chip, keep=False)
-  return _down(hidden, down, visits=visits, chip=chip)
+  return _outputs(chip, rows, kernels, group_rows, keep=False)[0]
 
 
 def _forward(chip, rows, kernels, group_rows):
-  gate, up, down = kernels
-  visits = _visits(rows, group_rows, chip=chip)
-  hidden, g, u = _gate_up(rows, gate, up, visits=visits, chip=chip, keep=True)
-  out = _down(hidden, down, visits=visits, chip=chip)
+  out, g, u = _outputs(chip, rows, kernels, group_rows, keep=True)
   return out, (rows, kernels, group_rows, g, u)
 
 
 def _backward(chip, residuals, out_grad):
   rows, kernels, group_rows, g, u = residuals
-  gate, up, down = kernels
-  by_rows = functools.partial(
-    _by_rows, visits=_visits(rows, group_rows, chip=chip), chip=chip
-  )
-  dg, du, hidden = by_rows(
-    _hidden_gradients,
-    whole=[out_grad],
-    tiled=[g, u],
-    kernels=[(down, 1)],
-    num_outputs=3,
-    in_place=True,
-    name="expert_hidden_gradients",
-  )
-  (dx,) = by_rows(
-    _rows_gradient,
-    whole=[dg, du],
-    kernels=[(gate, 1), (up, 1)],
-    num_outputs=1,
-    name="expert_rows_gradient",
+  visits = _visits(rows, group_rows, chip=chip)
+  dx, dg, du, hidden = _gradients_of_rows(
+    out_grad, g, u, kernels, visits=visits, chip=chip
   )
   outer = functools.partial(
     _outer,
     visits=_visits(rows, group_rows, chip=chip, outer=True),
-    num_experts=gate.shape[0],
+    num_experts=kernels[0].shape[0],
     chip=chip,
   )
   gate_grad, up_grad = outer(rows, [dg, du], name="expert_gate_up_gradient")
@@ -206,30 +159,64 @@ def _visits(rows, group_rows, *, chip: Chip, outer: bool = False) -> Visits:
   )
 
 
-def _gate_up(rows, gate, up, *, visits: Visits, chip: Chip, keep: bool):
-  """silu(x gate) * (x up), and where they are kept x gate and x up."""
-  return _by_rows(
-    _gated,
+def _outputs(chip, rows, kernels, group_rows, *, keep: bool):
+  """The outputs, and where they are kept x gate and x up.
+
+  In one visit where a core has all of an expert: hidden units stay there.
+  """
+  gate, up, down = kernels
+  visits = _visits(rows, group_rows, chip=chip)
+  by_rows = functools.partial(_by_rows, visits=visits, chip=chip)
+  operands = _Operands(
     whole=[rows],
-    kernels=[(gate, 2), (up, 2)],
-    num_outputs=3 if keep else 1,
-    visits=visits,
-    chip=chip,
-    name="expert_gate_up",
+    kernels=[(gate, 2), (up, 2), (down, 1)],
+    num_outputs=2 if keep else 0,
+    whole_outputs=[rows.shape[1]],
   )
+  if operands.fit_as_one_tile(visits.tile_rows, chip):
+    return by_rows(_gated_and_down, operands, name="expert_hidden_and_output")
+  hidden_operands = _Operands(
+    whole=[rows], kernels=[(gate, 2), (up, 2)], num_outputs=3 if keep else 1
+  )
+  hidden, *kept = by_rows(_gated, hidden_operands, name="expert_gate_up")
+  out_operands = _Operands(whole=[hidden], kernels=[(down, 2)], num_outputs=1)
+  (out,) = by_rows(_product, out_operands, name="expert_down")
+  return out, *kept
 
 
-def _down(hidden, down, *, visits: Visits, chip: Chip):
-  (out,) = _by_rows(
-    _product,
-    whole=[hidden],
-    kernels=[(down, 2)],
-    num_outputs=1,
-    visits=visits,
-    chip=chip,
-    name="expert_down",
+def _gradients_of_rows(dy, g, u, kernels, *, visits: Visits, chip: Chip):
+  """dx, dg, du and hidden: in one visit where a core has all of an expert.
+
+  So dg and du are not read again, for which v6e would have to wait.
+  """
+  gate, up, down = kernels
+  by_rows = functools.partial(_by_rows, visits=visits, chip=chip)
+  hidden_operands = _Operands(
+    whole=[dy], tiled=[g, u], kernels=[(down, 1)], num_outputs=3
   )
-  return out
+  operands = dataclasses.replace(
+    hidden_operands,
+    kernels=[(down, 1), (gate, 2), (up, 2)],
+    whole_outputs=[dy.shape[1]],
+  )
+  if operands.fit_as_one_tile(visits.tile_rows, chip):
+    return by_rows(
+      _hidden_and_rows_gradients,
+      operands,
+      in_place=True,
+      name="expert_hidden_and_rows_gradients",
+    )
+  dg, du, hidden = by_rows(
+    _hidden_gradients,
+    hidden_operands,
+    in_place=True,
+    name="expert_hidden_gradients",
+  )
+  rows_operands = _Operands(
+    whole=[dg, du], kernels=[(gate, 1), (up, 1)], num_outputs=1
+  )
+  (dx,) = by_rows(_rows_gradient, rows_operands, name="expert_rows_gradient")
+  return dx, dg, du, hidden
 
 
 def _dot(a, b, *, contract: tuple[int, int] = (1, 0)):
@@ -244,6 +231,12 @@ def _dot(a, b, *, contract: tuple[int, int] = (1, 0)):
 def _gated(x, gate, up):
   g, u = _dot(x[...], gate[...]), _dot(x[...], up[...])
   return jax.nn.silu(g) * u, g, u
+
+
+def _gated_and_down(x, gate, up, down):
+  hidden, g, u = _gated(x, gate, up)
+  # As it is stored where `down` is another kernel's.
+  return _dot(hidden.astype(x.dtype), down[...]), g, u
 
 
 def _product(hidden, down):
@@ -261,51 +254,90 @@ def _rows_gradient(dg, du, gate, up):
   return (dx + _dot(du[...], up[...], contract=(1, 1)),)
 
 
+def _hidden_and_rows_gradients(dy, g, u, down, gate, up):
+  dg, du, hidden = _hidden_gradients(dy, g, u, down)
+  # As they are stored: dx is that of two kernels.
+  stored = dg.astype(dy.dtype), du.astype(dy.dtype)
+  return *_rows_gradient(*stored, gate, up), dg, du, hidden
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Operands:
+  """What a kernel over rows has of a tile of them in a step, and makes."""
+
+  whole: Sequence[jax.Array]  # [R, K]: all columns
+  tiled: Sequence[jax.Array] = ()  # [R, N]: a tile of columns
+  # Of the rows' expert, each with the axis of length N that is in tiles.
+  kernels: Sequence[tuple[jax.Array, int]]
+  num_outputs: int  # [R, N]: a tile of columns
+  # [R, K] of these widths, before the others: all columns. They need all N at
+  # once, so that there can be but one tile.
+  whole_outputs: Sequence[int] = ()
+
+  @property
+  def width(self) -> int:
+    """N."""
+    kernel, axis = self.kernels[0]
+    return kernel.shape[axis]
+
+  @property
+  def weights(self) -> int:
+    """Numbers of an expert's kernels beside one of N."""
+    return sum(k.size // k.shape[0] // self.width for k, _ in self.kernels)
+
+  def output_widths(self, columns: int) -> list[int]:
+    """What a step makes of each output."""
+    return [*self.whole_outputs, *[columns] * self.num_outputs]
+
+  def held(self, columns: int, *, tile_rows: int) -> int:
+    """Bytes: what comes or goes twice, and products in float32."""
+    size = self.whole[0].dtype.itemsize
+    made = sum(self.output_widths(columns))
+    tiled = len(self.tiled) * columns
+    depth = sum(x.shape[1] for x in self.whole)
+    moved = tile_rows * (depth + tiled + made) + self.weights * columns
+    products = tile_rows * (
+      len(self.kernels) * max([columns, *self.whole_outputs]) + tiled + made
+    )
+    return 2 * size * moved + 4 * products + size * tile_rows * made
+
+  def fit_as_one_tile(self, tile_rows: int, chip: Chip) -> bool:
+    """Whether a core has all columns in a step; two share tiles of them."""
+    held = self.held(self.width, tile_rows=tile_rows)
+    return chip.num_cores == 1 and held <= chip.budget
+
+
 def _by_rows(
   body: Callable[..., tuple[jax.Array, ...]],
+  operands: _Operands,
   *,
-  whole: list[Float[Array, "R K"]],
-  kernels: list[tuple[jax.Array, int]],
-  num_outputs: int,
   visits: Visits,
   chip: Chip,
   name: str,
-  tiled: Sequence[Float[Array, "R N"]] = (),
   in_place: bool = False,
-) -> tuple[Float[Array, "R N"], ...]:
+) -> tuple[Float[Array, "R _"], ...]:
   """What `body` makes of rows and the kernels of their expert; else zeros.
 
   Args:
     body: of references to a tile of rows of all `whole`, of `tiled` and of
-      `kernels`, in this order, the outputs.
-    whole: arrays of which a step has all columns.
-    kernels: of the rows' expert, each with the axis whose tiles give the tiles
-      of columns of the outputs; of length N.
-    num_outputs: the first so many of what `body` returns.
+      `kernels`, in this order, the outputs; more than there are are left out.
+    operands: see _Operands.
     visits: the steps.
     chip: see Chip.
     name: of the kernel.
-    tiled: arrays of which a step has the columns of the outputs.
-    in_place: the first outputs take the memory of the tiled arrays.
+    in_place: the first tiled outputs take the memory of the tiled arrays.
 
   Returns:
     The outputs.
   """
+  whole, tiled, kernels = operands.whole, operands.tiled, operands.kernels
+  tile_rows, width = visits.tile_rows, operands.width
   num_rows, dtype = whole[0].shape[0], whole[0].dtype
-  tile_rows, size = visits.tile_rows, dtype.itemsize
-  width = kernels[0][0].shape[kernels[0][1]]
-  depth = sum(x.shape[1] for x in whole)
-  weights = sum(k.size // k.shape[0] // width for k, _ in kernels)
-  num_tiled = len(tiled) + num_outputs
-
-  def held(columns: int) -> int:
-    """Bytes: what comes or goes twice, and products in float32."""
-    moved = tile_rows * (depth + num_tiled * columns) + weights * columns
-    made = tile_rows * columns
-    products = (len(kernels) + num_tiled) * made
-    return 2 * size * moved + 4 * products + size * num_outputs * made
-
-  columns = _columns(width, held, chip=chip)
+  held = functools.partial(operands.held, tile_rows=tile_rows)
+  columns = tile_of_columns(width, held, chip=chip)
+  assert columns == width or not operands.whole_outputs, columns
+  widths = operands.output_widths(columns)
+  num_outputs = len(widths)
 
   def rows_at(column, step, tile, *refs):
     del column, refs
@@ -359,37 +391,40 @@ def _by_rows(
       for out, other in zip(outputs, others, strict=True):
         out[...] = _only(first, end, out[...], others=other[...])
 
-  out = _like(whole[0], (num_rows, width), dtype)
+  outs = [
+    _like(whole[0], (num_rows, n), dtype) for n in operands.output_widths(width)
+  ]
+  all_columns = [
+    pl.BlockSpec((tile_rows, n), rows_at) for n in operands.whole_outputs
+  ]
+  tile_of_them = pl.BlockSpec((tile_rows, columns), tile_at)
   arrays = [*whole, *tiled, *(kernel for kernel, _ in kernels)]
+  moved = pl.cdiv(width, columns) * sum(x.size for x in whole)
+  moved += sum(x.size for x in (*arrays[len(whole) :], *outs))
   call = pl.pallas_call(
     run,
-    out_shape=(out,) * num_outputs,
+    out_shape=tuple(outs),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=4,
       grid=(pl.cdiv(width, columns), visits.tile.shape[0]),
       in_specs=[
         *(pl.BlockSpec((tile_rows, x.shape[1]), rows_at) for x in whole),
-        *[pl.BlockSpec((tile_rows, columns), tile_at)] * len(tiled),
+        *[tile_of_them] * len(tiled),
         *(kernel_spec(kernel, axis) for kernel, axis in kernels),
       ],
-      out_specs=[pl.BlockSpec((tile_rows, columns), tile_at)] * num_outputs,
-      scratch_shapes=[pltpu.VMEM((tile_rows, columns), dtype)] * num_outputs,
+      out_specs=[*all_columns, *[tile_of_them] * operands.num_outputs],
+      scratch_shapes=[pltpu.VMEM((tile_rows, n), dtype) for n in widths],
     ),
     # A tile is fetched once, however many experts it has.
     input_output_aliases={
-      len(visits.arrays) + len(whole) + i: i
+      len(visits.arrays) + len(whole) + i: len(all_columns) + i
       for i in range(len(tiled) if in_place else 0)
     },
     compiler_params=_params(chip, num_dimensions=2),
     cost_estimate=pl.CostEstimate(
-      flops=2 * num_rows * weights * width,
+      flops=2 * num_rows * operands.weights * width,
       transcendentals=num_rows * width,
-      bytes_accessed=size
-      * (
-        pl.cdiv(width, columns) * sum(x.size for x in whole)
-        + sum(x.size for x in (*tiled, *(kernel for kernel, _ in kernels)))
-        + num_outputs * out.size
-      ),
+      bytes_accessed=dtype.itemsize * moved,
     ),
     interpret=chip.interpret,
     name=name,
@@ -410,14 +445,14 @@ def _outer(
   dtype, tile_rows = x.dtype, visits.tile_rows
   depth, width = x.shape[1], ys[0].shape[1]
   size, num_sums = dtype.itemsize, len(ys)
-  part_rows = tile_rows // 2 if tile_rows % (2 * _LANES) == 0 else tile_rows
+  part_rows = tile_rows // 2 if tile_rows % (2 * LANES) == 0 else tile_rows
 
   def held(rows: int, columns: int) -> int:
     moved = tile_rows * (rows + num_sums * columns)
     sums = num_sums * rows * columns
     return 2 * size * (moved + sums) + 4 * sums + 4 * rows * tile_rows
 
-  tile, order = _tiles(depth, width, held, chip=chip)
+  tile, order = tiles_of_both(depth, width, held, chip=chip)
 
   def x_at(a, b, step, tile_ref, *refs):
     del refs
@@ -516,64 +551,6 @@ def _params(chip: Chip, *, num_dimensions: int) -> pltpu.CompilerParams:
     dimension_semantics=("parallel", *others),
     vmem_limit_bytes=chip.memory * 15 // 16,
   )
-
-
-def _sizes(length: int) -> list[int]:
-  """Tiles of an axis, largest first: all of it, or parts of whole lanes."""
-  parts = range(2, pl.cdiv(length, _LANES) + 1)
-  cut = (pl.cdiv(pl.cdiv(length, part), _LANES) * _LANES for part in parts)
-  return [length, *sorted({size for size in cut if size < length})[::-1]]
-
-
-def _columns(length: int, held: Callable[[int], int], *, chip: Chip) -> int:
-  """The tile with which the fewest steps and the least padding are taken.
-
-  Cores share the tiles.
-  """
-  found = []
-  for size in _sizes(length):
-    if held(size) <= _budget(chip):
-      of_core = pl.cdiv(pl.cdiv(length, size), chip.num_cores)
-      found.append((of_core * pl.cdiv(size, _LANES) * _LANES, of_core, size))
-  return min(found)[2] if found else _sizes(length)[-1]
-
-
-def _tiles(
-  depth: int, width: int, held: Callable[[int, int], int], *, chip: Chip
-) -> tuple[tuple[int, int], tuple[int, int]]:
-  """Of two axes, the pair with which the least is computed, then read.
-
-  And the axes' order in the grid: cores share the first one's tiles.
-  """
-  found = []
-  for rows in _sizes(depth):
-    for columns in _sizes(width):
-      if held(rows, columns) > _budget(chip):
-        continue
-      tiles = pl.cdiv(depth, rows), pl.cdiv(width, columns)
-      read = depth * tiles[1] + width * tiles[0]
-      one = rows * pl.cdiv(columns, _LANES) * _LANES
-      for order in ((0, 1), (1, 0)):
-        of_core = pl.cdiv(tiles[order[0]], chip.num_cores) * tiles[order[1]]
-        found.append((of_core * one, read, (rows, columns), order))
-  if not found:
-    return (_sizes(depth)[-1], _sizes(width)[-1]), (0, 1)
-  return min(found)[2:]
-
-
-def _budget(chip: Chip) -> int:
-  return chip.memory * 3 // 4
-
-
-def _with_rows_that_fit(chip: Chip, gate: Float[Array, "E D F"]) -> Chip:
-  """Tiles halved, while two hidden gradients leave little of the budget.
-
-  For the rows' gradients both are held whole, of this tile and the next.
-  """
-  rows, row_bytes = chip.rows, 2 * 2 * gate.shape[2] * gate.dtype.itemsize
-  while rows > _LANES and rows * row_bytes > _budget(chip) * 3 // 4:
-    rows //= 2
-  return dataclasses.replace(chip, rows=rows)
 
 
 def _like(x: jax.Array, shape, dtype) -> jax.ShapeDtypeStruct:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +71,7 @@ class ExpertFfnContract:
 
   implementation: api.Implementation
 
-  def _call(self):
+  def _call(self) -> Callable[..., Any]:
     return jax.jit(
       functools.partial(api.expert_ffn, implementation=self.implementation)
     )

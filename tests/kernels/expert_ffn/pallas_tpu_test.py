@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import re
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from aquila_jax.kernels.expert_ffn import pallas_tpu, reference
+from aquila_jax.kernels.expert_ffn import pallas_tpu, reference, tpu_tiles
 from aquila_jax.kernels.expert_ffn.tpu_visits import Visits
 from tests.kernels.expert_ffn import contract
 
@@ -22,11 +24,22 @@ _CALL = jax.jit(
 )
 
 
+# Where one kernel takes rows through all of an expert, and where two do.
+_KINDS = ("TPU v6 lite", "TPU v5")
+
+
 class TestPallasTpu(contract.ExpertFfnContract):
   implementation = "pallas_tpu"
 
   def _call(self):
-    return _CALL
+    return functools.partial(_CALL, device_kind=_KINDS[0])
+
+
+class TestPallasTpuOfTwoCores(contract.ExpertFfnContract):
+  implementation = "pallas_tpu"
+
+  def _call(self):
+    return functools.partial(_CALL, device_kind=_KINDS[1])
 
 
 def _case(loads, *, num_blocks, size=8, width=24, hidden=40):
@@ -67,17 +80,110 @@ def _agree(found, expected):
   )
 
 
-@pytest.mark.parametrize("tile_rows", [(8, 16), (32, 256)], ids=str)
-@pytest.mark.parametrize(
-  "loads", [(3, 0, 3, 2), (0, 9, 0, 0), (0, 0, 1, 6)], ids=str
+_meeting = pytest.mark.parametrize(
+  ("loads", "tile_rows"),
+  list(
+    itertools.product(
+      [(3, 0, 3, 2), (0, 9, 0, 0), (0, 0, 1, 6)], [(8, 16), (32, 256)]
+    )
+  ),
+  ids=str,
 )
-def test_tiles_in_which_experts_meet(loads, tile_rows):
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+@_meeting
+def test_tiles_in_which_experts_meet(loads, tile_rows, kind):
   """Tiles of one to all blocks: experts begin and end inside of them."""
   rows, kernels, grad, blocks = _case(loads, num_blocks=9)
   expected = _run(reference.expert_ffn, rows, kernels, grad, blocks)
   spoilt = rows.at[sum(loads) :].set(jnp.nan)
-  call = functools.partial(_CALL, tile_rows=tile_rows)
+  call = functools.partial(_CALL, tile_rows=tile_rows, device_kind=kind)
   _agree(_run(call, spoilt, kernels, grad, blocks), expected)
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+@_meeting
+def test_tiles_in_which_experts_meet_in_half_precision(loads, tile_rows, kind):
+  """Beside float32 of the same numbers, in the norm of each array."""
+  *case, blocks = _case(loads, num_blocks=9)
+  half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), case)
+  rows, kernels, grad = jax.tree.map(lambda a: a.astype(jnp.float32), half)
+  expected = _run(reference.expert_ffn, rows, kernels, grad, blocks)
+  rows, kernels, grad = half
+  spoilt = rows.at[sum(loads) :].set(jnp.nan)
+  call = functools.partial(_CALL, tile_rows=tile_rows, device_kind=kind)
+  found = _run(call, spoilt, kernels, grad, blocks)
+  # Five roundings in a chain, each of 2^-8 at most: of g and of u, of their
+  # gradients, of the result, and g's once more by the curvature of silu.
+  for a, b in zip(
+    jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+  ):
+    assert a.dtype == jnp.bfloat16
+    error = jnp.linalg.norm(a.astype(jnp.float32) - b)
+    assert error <= 5 * 2**-8 * jnp.linalg.norm(b)
+  np.testing.assert_array_equal(found[1][sum(loads) :], 0)
+
+
+def test_one_core_whose_memory_an_expert_exceeds():
+  """16 MiB: gate, up and down of one are 14 of them twice."""
+  rows, kernels, grad, blocks = _case(
+    (1, 0, 3), num_blocks=5, width=256, hidden=2304
+  )
+  kernels = jax.tree.map(lambda kernel: kernel / 4, kernels)
+  call = functools.partial(_CALL, tile_rows=(16, 16), device_kind="TPU v3")
+  assert _kernels_of(call, rows, kernels, blocks) >= _TWO
+  _agree(
+    _run(call, rows, kernels, grad, blocks),
+    _run(reference.expert_ffn, rows, kernels, grad, blocks),
+  )
+
+
+_ONE = {"expert_hidden_and_output", "expert_hidden_and_rows_gradients"}
+_TWO = {
+  "expert_gate_up",
+  "expert_down",
+  "expert_hidden_gradients",
+  "expert_rows_gradient",
+}
+
+
+def _kernels_of(call, rows, kernels, blocks) -> set[str]:
+  """Names of the kernels of an output with its gradients."""
+
+  def run(rows, kernels, blocks):
+    out, pull = jax.vjp(lambda *a: call(*a, **blocks), rows, kernels)
+    return out, *pull(out)
+
+  text = str(jax.make_jaxpr(run)(rows, kernels, blocks))
+  return set(re.findall(r"name=(expert_\w+)", text))
+
+
+@pytest.mark.parametrize(
+  ("kind", "hidden", "is_one"),
+  [
+    ("TPU v6 lite", 704, True),
+    ("TPU v5 lite", 704, True),
+    ("TPU v6 lite", 5632, False),  # 132 MiB of kernels, this and the next
+    ("TPU v5", 704, False),  # two cores share tiles of columns
+    ("TPU v3", 704, False),  # 16 MiB
+  ],
+)
+def test_rows_are_visited_once_where_an_expert_fits(kind, hidden, is_one):
+  def array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+  into = array(8, 2048, hidden)
+  found = _kernels_of(
+    functools.partial(_CALL, device_kind=kind),
+    array(12, 64, 2048),
+    (into, into, array(8, hidden, 2048)),
+    dict(
+      block_expert=array(12, dtype=jnp.int32),
+      num_blocks=array(dtype=jnp.int32),
+    ),
+  )
+  assert found & (_ONE | _TWO) == (_ONE if is_one else _TWO)
 
 
 def test_halves_of_a_tile_and_columns_in_tiles():
@@ -170,6 +276,6 @@ def test_other_dtypes_are_refused():
 )
 def test_a_tile_of_rows_fits_beside_wide_experts(embed_dim, mlp_dim, rows):
   gate: Any = jax.ShapeDtypeStruct((8, embed_dim, mlp_dim), jnp.bfloat16)
-  chip = pallas_tpu.Chip.of("TPU v5", rows=256, outer_rows=512, interpret=False)
-  fit: Any = pallas_tpu._with_rows_that_fit
+  chip = tpu_tiles.Chip.of("TPU v5", rows=256, outer_rows=512, interpret=False)
+  fit: Any = tpu_tiles.with_rows_that_fit
   assert getattr(fit, "__wrapped__", fit)(chip, gate).rows == rows
