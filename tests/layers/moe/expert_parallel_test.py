@@ -18,8 +18,8 @@ from aquila_jax.core.errors import UserError
 from aquila_jax.core.experiment_config import MeshConfig
 from aquila_jax.core.model_config import MoeConfig
 from aquila_jax.kernels.target import Target
-from aquila_jax.layers.moe import expert_parallel
-from aquila_jax.layers.moe.expert_parallel import Group
+from aquila_jax.layers.moe import exchanges, expert_parallel
+from aquila_jax.layers.moe.exchanges import Group
 from aquila_jax.layers.moe.mixture import mixture
 from aquila_jax.layers.moe.router import Affinity
 from aquila_jax.sharding.mesh import BATCH_AXES, make_mesh
@@ -230,16 +230,16 @@ def _group(**fields) -> Group:
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_buffers_that_are_too_small_are_seen(exchange):
-  way = expert_parallel._EXCHANGES[exchange]
+  way = exchanges.EXCHANGES[exchange]
   group = _group()
   even = np.full((4, EXPERTS), 3)  # 12 tokens of 2 choices, on 8 experts
-  assert way.fits(expert_parallel.Traffic(jnp.asarray(even)), group)
+  assert way.fits(exchanges.Traffic(jnp.asarray(even)), group)
   skewed = np.zeros((4, EXPERTS), int)
   skewed[:, :2] = 12
-  assert not way.fits(expert_parallel.Traffic(jnp.asarray(skewed)), group)
+  assert not way.fits(exchanges.Traffic(jnp.asarray(skewed)), group)
   assert not way.always_fits(group)
   enough = dataclasses.replace(group, buffer_factor=4.0)
-  assert way.fits(expert_parallel.Traffic(jnp.asarray(skewed)), enough)
+  assert way.fits(exchanges.Traffic(jnp.asarray(skewed)), enough)
   assert way.always_fits(enough)
 
 
@@ -247,12 +247,12 @@ def test_what_is_sent_decides():
   # Of 2 devices and 2 experts a token, every token is needed everywhere.
   config, group = MoeConfig(num_experts=EXPERTS), _group(size=2)
   choose = functools.partial(expert_parallel._chosen, bytes_per_row=4)
-  assert choose(config, group) == expert_parallel.AllGather()
+  assert choose(config, group) == exchanges.AllGather()
   group = _group(size=8, num_tokens=1024)
-  assert choose(config, group) == expert_parallel.AllToAll()
-  assert expert_parallel.AllToAll().sent(group) == 2 * 7 * 1.5 * 256
-  assert expert_parallel.RaggedAllToAll().sent(group) == 2 * 7 * 256
-  assert expert_parallel.AllGather().sent(group) == 2 * 7 * 1024
+  assert choose(config, group) == exchanges.AllToAll()
+  assert exchanges.AllToAll().sent(group) == 2 * 7 * 1.5 * 256
+  assert exchanges.RaggedAllToAll().sent(group) == 2 * 7 * 256
+  assert exchanges.AllGather().sent(group) == 2 * 7 * 1024
 
 
 def test_ragged_exchange_is_refused_on_cpu():
