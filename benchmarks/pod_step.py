@@ -10,7 +10,6 @@ from aquila_jax.core.experiment_config import MeshConfig
 from aquila_jax.core.model_config import ModelConfig, MoeConfig
 from aquila_jax.layers.moe import expert_parallel
 from aquila_jax.planning import counting, tpu_program
-from aquila_jax.planning.tpu_schedule import Clock
 from experiments.configs import aquila_8x16b
 
 TOKENS, ROWS = 4096, 4  # of a row, and rows a chip
@@ -98,14 +97,28 @@ def row_of(
   text: str,
   kernel_cycles: dict[str, int],
   memory: Row,
-  clock: Clock,
+  coordinates: tpu_program.Coordinates,
+  device_kind: str,
 ) -> Row:
-  """What the compiler says of a program; memory is of a chip, in bytes."""
-  chip = tpu_program.Chip.of(clock.device.device_kind)
+  """What the compiler says of a program.
+
+  Args:
+    case: model and mesh.
+    side: whose step.
+    text: of the compiled program.
+    kernel_cycles: of its Pallas kernels.
+    memory: of a chip, in bytes.
+    coordinates: of the devices on the torus, in the order of the mesh.
+    device_kind: of these.
+
+  Returns:
+    A row of the table.
+  """
+  chip = tpu_program.Chip.of(device_kind)
   found = tpu_program.estimate(
     text,
     chip=chip,
-    coordinates=[tuple(device.coords) for device in clock.devices],
+    coordinates=coordinates,
     kernel_cycles=kernel_cycles,
     rare=[expert_parallel.OVERFLOW],
   )

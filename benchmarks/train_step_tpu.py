@@ -32,13 +32,15 @@ from aquila_jax.core.experiment_config import OptimizerConfig, TrainConfig
 from aquila_jax.kernels.target import Target, compiling_for
 from aquila_jax.planning.tpu_schedule import Clock
 from aquila_jax.sharding.mesh import make_mesh
+from aquila_jax.training.program import make_program
 from benchmarks import gpu_clock
 from benchmarks.pod_step import ROWS, TOKENS, Case, Row, cases, row_of, steps
-from benchmarks.training_step import lowered_step
 
 _OUTPUT = flags.DEFINE_string("output", None, "A JSON file to write.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x4", "Of the pod.")
-_ONLY = flags.DEFINE_multi_string("only", [], "Parts of cases' names.")
+_ONLY = flags.DEFINE_multi_string(
+  "only", [], "Parts of cases' names; rows of others stay in the file."
+)
 _MAXTEXT_PYTHON = flags.DEFINE_string(
   "maxtext_python", None, "A Python with MaxText and libtpu; without it, ours."
 )
@@ -55,7 +57,9 @@ def _ours(case: Case, clock: Clock) -> Row:
   device = clock.device
   there = Target(platform=device.platform, device_kind=device.device_kind)
   with compiling_for(there):
-    lowered = lowered_step(case.model, config, mesh).lowered
+    lowered = make_program(
+      case.model, config, mesh=mesh, total_steps=config.steps
+    ).lower()
   started = time.perf_counter()
   schedule = clock.compile(lowered)
   compile_s = time.perf_counter() - started
@@ -73,7 +77,8 @@ def _ours(case: Case, clock: Clock) -> Row:
       arguments=memory.argument_size_in_bytes,
       temporaries=memory.temp_size_in_bytes,
     ),
-    clock=clock,
+    coordinates=[device.coords for device in mesh.devices.flat],
+    device_kind=device.device_kind,
   ) | dict(compile_s=compile_s)
 
 
@@ -121,7 +126,8 @@ def _maxtext(case: Case, clock: Clock) -> Row:
       text=(out / "program.txt").read_text(encoding="utf-8"),
       kernel_cycles=report["kernel_cycles"],
       memory=report,
-      clock=clock,
+      coordinates=report["coordinates"],
+      device_kind=clock.device.device_kind,
     ) | dict(versions=report["versions"])
 
 
@@ -140,15 +146,29 @@ def _line(row: Row) -> str:
   )
 
 
+def _is_wanted(case: str) -> bool:
+  return not _ONLY.value or any(part in case for part in _ONLY.value)
+
+
+def _others() -> list[Row]:
+  """Rows that the file has of cases that are not wanted."""
+  if not _OUTPUT.value or not pathlib.Path(_OUTPUT.value).exists():
+    return []
+  text = pathlib.Path(_OUTPUT.value).read_text(encoding="utf-8")
+  return [
+    row for row in json.loads(text)["rows"] if not _is_wanted(row["case"])
+  ]
+
+
 def main(argv: list[str]) -> None:
   """Measures, prints the table and writes the JSON."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   clock = Clock(_TOPOLOGY.value)
-  rows: list[Row] = []
+  rows = _others()
   print(_HEADER, flush=True)
   for case in cases():
-    if _ONLY.value and not any(part in case.name for part in _ONLY.value):
+    if not _is_wanted(case.name):
       continue
     rows.append(_ours(case, clock))
     print(_line(rows[-1]), flush=True)

@@ -8,8 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax.sharding import Mesh
 
 from aquila_jax.core.experiment_config import MeshConfig, TrainConfig
 from aquila_jax.core.model_config import ModelConfig
@@ -17,10 +15,8 @@ from aquila_jax.core.types import Batch, TrainState
 from aquila_jax.models import decoder_lm
 from aquila_jax.sharding.mesh import make_mesh
 from aquila_jax.training import state as state_lib
-from aquila_jax.training import step as step_lib
 from aquila_jax.training.balance import initial_weights
-from aquila_jax.training.freezing import trainable_masks
-from aquila_jax.training.optimizers import learning_rate, make_optimizer
+from aquila_jax.training.program import make_program
 
 
 def _batch(config: TrainConfig, *, vocab_size: int) -> Batch:
@@ -38,53 +34,6 @@ def _batch(config: TrainConfig, *, vocab_size: int) -> Batch:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoweredStep:
-  """A step, and what it takes, in shapes."""
-
-  lowered: jax.stages.Lowered
-  optimizer: optax.GradientTransformation
-  state: TrainState
-  batch: Batch
-
-
-def lowered_step(
-  model: ModelConfig, config: TrainConfig, mesh: Mesh
-) -> LoweredStep:
-  """For the devices of a mesh, which need not be there."""
-  axes = decoder_lm.parameter_axes(model)
-  shapes = decoder_lm.abstract_params(model)
-  optimizer = make_optimizer(config.optimizer, axes)
-  state = state_lib.abstract_state(
-    shapes,
-    optimizer=optimizer,
-    axes=axes,
-    mesh=mesh,
-    keep_ema=False,
-    balance_weights=initial_weights(config.loss, model),
-  )
-  batch = step_lib.abstract_batch(config, mesh=mesh)
-  train_step = step_lib.make_train_step(
-    config,
-    model=model,
-    optimizer=optimizer,
-    schedule=learning_rate(config.optimizer, config.steps),
-    masks=trainable_masks(
-      config.freeze, axes=axes, shapes=shapes, new_indices=None
-    ),
-    num_languages=1,
-  )
-  jitted = step_lib.jit_train_step(
-    train_step, state=state, batch=batch, mesh=mesh
-  )
-  return LoweredStep(
-    lowered=jitted.lower(state, batch),
-    optimizer=optimizer,
-    state=state,
-    batch=batch,
-  )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledStep:
   """A step, and a state and a batch for it. The step consumes the state."""
 
@@ -98,8 +47,8 @@ def compiled_step(model: ModelConfig, config: TrainConfig) -> CompiledStep:
   """On one device, with random parameters and tokens."""
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
   started = time.perf_counter()
-  step = lowered_step(model, config, mesh)
-  compiled = step.lowered.compile()
+  step = make_program(model, config, mesh=mesh, total_steps=config.steps)
+  compiled = step.lower().compile()
   compile_s = time.perf_counter() - started
   state = state_lib.place_initial(
     state_lib.InitialModel(

@@ -21,23 +21,20 @@ from aquila_jax.core import errors
 from aquila_jax.core.experiment_config import TrainConfig
 from aquila_jax.core.lineage import Copies
 from aquila_jax.core.model_config import ModelConfig
-from aquila_jax.core.types import Batch, Params, TrainState
+from aquila_jax.core.types import Params, TrainState
 from aquila_jax.data.loader import DataState
-from aquila_jax.models import decoder_lm
 from aquila_jax.models.causality import warn_unless_causal
 from aquila_jax.training import inputs
 from aquila_jax.training import state as state_lib
-from aquila_jax.training import step as step_lib
 from aquila_jax.training.agreement import Route, RoutingWatch
 from aquila_jax.training.balance import initial_weights
 from aquila_jax.training.checkpointing import Checkpoints, saved_config
 from aquila_jax.training.compilation import compile_step
-from aquila_jax.training.freezing import NewIndices, trainable_masks
-from aquila_jax.training.growth_mask import mask_schedule
+from aquila_jax.training.freezing import NewIndices
 from aquila_jax.training.interruption import Interrupted, StopSignals
 from aquila_jax.training.metrics import MetricsWriter, Row, read_rows
-from aquila_jax.training.optimizers import learning_rate, make_optimizer
 from aquila_jax.training.profiling import Profiler
+from aquila_jax.training.program import Program, make_program
 from aquila_jax.training.progress import Reporter
 from aquila_jax.training.recorder import Recorder, Window
 from aquila_jax.training.state import InitialModel
@@ -115,7 +112,7 @@ def train(job: TrainJob) -> TrainResult:
     errors.TrainingStopped: on a loss, gradient or parameter that is not finite.
     Interrupted: after SIGTERM or SIGINT, when the step is saved.
   """
-  program = _build(job)
+  program, train_step = _build(job)
   workdir, config = job.workdir, job.train
   with (
     StopSignals() as signals,
@@ -160,7 +157,7 @@ def train(job: TrainJob) -> TrainResult:
         profiler.before(run.step)
         # Nothing may cross between host and devices within a step.
         with jax.transfer_guard("disallow"):
-          run.state, metrics = program.step(run.state, batch)
+          run.state, metrics = train_step(run.state, batch)
         run.step, run.data_state = run.step + 1, data_state
         run.recorder.add(run.step, metrics)
         profiler.after(run.step, result=run.state)
@@ -176,16 +173,6 @@ def train(job: TrainJob) -> TrainResult:
     return _result(job, run, saved=saved)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Program:
-  """The compiled step, and what it takes."""
-
-  step: Callable[[TrainState, Batch], tuple[TrainState, step_lib.StepMetrics]]
-  optimizer: Any
-  state: TrainState  # of ShapeDtypeStruct with shardings
-  batch: Batch  # of ShapeDtypeStruct with shardings
-
-
 @dataclasses.dataclass(kw_only=True)
 class _Run:
   """Where the loop stands."""
@@ -199,59 +186,26 @@ class _Run:
   watch: RoutingWatch | None
 
 
-def _build(job: TrainJob) -> _Program:
-  """Checks the config against model and devices, and compiles the step."""
-  config, path = job.train, f"{job.config_path}.train"
-  axes = decoder_lm.parameter_axes(job.model)
-  shapes = decoder_lm.abstract_params(job.model)
-  batch = step_lib.abstract_batch(config, mesh=job.mesh)
-  inputs.check_batch_divides(config, like=batch, path=path)
+def _build(job: TrainJob) -> tuple[Program, Any]:
+  """The step's program, and it compiled: (state, batch) -> (state, metrics)."""
   warn_unless_causal(job.model, what=f"training of {job.stage}")
-  mask_schedule(config, job.model.growth_mask, path=path)
-  masks = trainable_masks(
-    config.freeze,
-    axes=axes,
-    shapes=shapes,
-    new_indices=job.new_indices,
-    path=f"{path}.freeze",
-  )
-  optimizer = make_optimizer(
-    config.optimizer, axes, copies=job.copies, path=f"{path}.optimizer"
-  )
-  state = state_lib.abstract_state(
-    shapes,
-    optimizer=optimizer,
-    axes=axes,
+  program = make_program(
+    job.model,
+    job.train,
     mesh=job.mesh,
-    keep_ema=config.optimizer.ema_decay is not None,
-    balance_weights=initial_weights(config.loss, job.model),
-  )
-  train_step = step_lib.make_train_step(
-    config,
-    model=job.model,
-    optimizer=optimizer,
-    schedule=learning_rate(
-      config.optimizer,
-      job.total_steps,
-      trained_steps=job.trained_steps,
-      path=f"{path}.optimizer",
-    ),
-    masks=masks,
+    total_steps=job.total_steps,
     num_languages=len(job.input.languages),
     seed=job.seed,
+    new_indices=job.new_indices,
+    copies=job.copies,
+    trained_steps=job.trained_steps,
+    path=f"{job.config_path}.train",
   )
-  jitted = step_lib.jit_train_step(
-    train_step, state=state, batch=batch, mesh=job.mesh
-  )
-  return _Program(
-    step=compile_step(jitted, state, batch),
-    optimizer=optimizer,
-    state=state,
-    batch=batch,
-  )
+  step = compile_step(program.jitted, program.state, program.batch)
+  return program, step
 
 
-def _start(job: TrainJob, program: _Program, *, saved: Checkpoints) -> _Run:
+def _start(job: TrainJob, program: Program, *, saved: Checkpoints) -> _Run:
   """Where the weights come from: this run's checkpoint, or the job."""
   step = saved.latest_step
   if step is not None:

@@ -3,8 +3,9 @@
   python -m benchmarks.step_workers.maxtext_tpu FOLDER TOPOLOGY STEPS SETTING...
 
 runs its own `train_compile` under MaxText's Python, with a libtpu, and leaves
-in FOLDER what the compiler made: program.txt, and its memory and its kernels'
-cycles in report.json. Grids that the program sizes make STEPS steps.
+in FOLDER what the compiler made: program.txt, and its memory, its kernels'
+cycles and where its devices are on the torus in report.json. Grids that the
+program sizes make STEPS steps.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import os
 import pathlib
 import sys
 from typing import Any
+
+import jax
 
 from aquila_jax.planning.tpu_schedule import Clock
 
@@ -41,7 +44,9 @@ def main(folder: str, topology: str, steps: str, *settings: str) -> None:
   out, (compiled,) = pathlib.Path(folder), found
   (out / "program.txt").write_text(compiled.as_text(), encoding="utf-8")
   memory = compiled.memory_analysis()
+  sharding: Any = jax.tree.leaves(compiled.input_shardings)[0]
   report = dict(
+    coordinates=[device.coords for device in sharding.mesh.devices.flat],
     kernel_cycles={k.name: k.cycles_of(int(steps)) for k in kernels},
     arguments=memory.argument_size_in_bytes,
     temporaries=memory.temp_size_in_bytes,

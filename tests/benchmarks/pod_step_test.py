@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import types
-from typing import Any
-
 import pytest
 
 from aquila_jax.planning import counting
@@ -29,17 +26,14 @@ def test_cases_are_of_64_chips_and_of_the_published_sizes():
 
 def test_a_row_has_memory_time_and_what_is_not_known():
   case = pod_step.cases()[0]
-  devices: Any = [types.SimpleNamespace(coords=place) for place in TORUS]
-  clock: Any = types.SimpleNamespace(
-    device=types.SimpleNamespace(device_kind="TPU v5"), devices=devices
-  )
   row = pod_step.row_of(
     case,
     "ours",
     text=TEXT,
     kernel_cycles={"kernel.1": 1_750_000_000},
     memory=dict(arguments=2e9, temporaries=3e9),
-    clock=clock,
+    coordinates=TORUS,
+    device_kind="TPU v5",
   )
   assert (row["arguments_gb"], row["temporaries_gb"]) == (2, 3)
   # Six runs of the kernel and one of its twin, a second each.
