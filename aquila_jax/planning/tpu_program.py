@@ -81,6 +81,7 @@ class Part:
   source: str  # estimate, schedule, bytes, link
   bytes: int = 0  # of a collective's array, or of what `bytes` is by; of a trip
   op_name: str = ""
+  group: tuple[int, ...] = ()  # of a collective: devices, in the mesh's order
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,12 +145,13 @@ def estimate(
   Args:
     text: of `compiled.as_text()`, after all passes.
     chip: that it was compiled for.
-    coordinates: of the devices on the torus, `[d.coords for d in devices]`.
+    coordinates: of the devices on the torus, in the order of the mesh:
+      `[d.coords for d in mesh.devices.flat]`.
     kernel_cycles: of one run of each Pallas kernel, by its instruction's name.
       Kernels with the same body are compiled once, in the name of one of them:
       the others may be missing.
-    rare: names of scopes (`jax.named_scope`): a branch that has one of them is
-      not counted where another has not.
+    rare: names of scopes (`jax.named_scope`): a branch that is of one of them
+      is not counted where another is not.
 
   Returns:
     The estimate.
@@ -416,11 +418,14 @@ class _Reader:
     )
 
   def _is_rare(self, parts: list[Part]) -> bool:
+    """Whether most of them are of such a scope.
+
+    Functions that branches share are compiled once, under the name of one.
+    """
     # jit(step)/transpose(jvp(scope))/add
-    scopes = {
-      scope for part in parts for scope in re.findall(r"[^/()]+", part.op_name)
-    }
-    return not self.rare.isdisjoint(scopes)
+    named = [re.findall(r"[^/()]+", part.op_name) for part in parts]
+    rare = sum(not self.rare.isdisjoint(scopes) for scopes in named)
+    return 2 * rare > len(parts)
 
   def _trips(self, loop: _Instruction) -> int:
     """Of a loop that counts from 0 by ones to a constant."""
@@ -443,6 +448,7 @@ class _Reader:
     self, one: _Instruction, shapes: Mapping[str, str], *, trips: int
   ) -> Part:
     opcode = one.opcode.removesuffix("-start")
+    group = _first_group(one.rest, num_devices=len(self.coordinates))
     # The result of a start also holds its operand.
     inputs = sum(_size(shapes[name]) for name in one.operands)
     outputs = _size(one.shape)
@@ -452,7 +458,7 @@ class _Reader:
     if opcode == "collective-permute":
       seconds = whole / (self.chip.link_bytes / 2)
     else:
-      links = self.chip.link_bytes * self._spanned(one)
+      links = self.chip.link_bytes * self._spanned(group)
       seconds = _LINKS[opcode] * whole / links
     return Part(
       name=one.name,
@@ -462,11 +468,11 @@ class _Reader:
       source="link",
       bytes=whole,
       op_name=_op_name(one),
+      group=tuple(group),
     )
 
-  def _spanned(self, one: _Instruction) -> int:
+  def _spanned(self, group: Sequence[int]) -> int:
     """The dimensions of the torus along which a group's devices differ."""
-    group = _first_group(one.rest, num_devices=len(self.coordinates))
     places = [self.coordinates[device] for device in group]
     dims = sum(len(set(along)) > 1 for along in zip(*places, strict=True))
     return max(1, dims)

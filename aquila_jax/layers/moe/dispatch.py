@@ -258,7 +258,10 @@ class Blocks(struct.PyTreeNode):
     blocks = -(-counts // block_size)
     last_block = jnp.cumsum(blocks, dtype=jnp.int32)
     block_expert = jnp.searchsorted(
-      last_block, jnp.arange(max_blocks, dtype=jnp.int32), side="right"
+      last_block,
+      jnp.arange(max_blocks, dtype=jnp.int32),
+      side="right",
+      method="compare_all",  # a search in steps would wait for each of them
     )
     return cls(
       first_slot=(last_block - blocks) * block_size,

@@ -1,0 +1,81 @@
+"""The command `plan compile`, by the TPU's compiler."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def _plan(*flags: str) -> subprocess.CompletedProcess[str]:
+  command = [sys.executable, "-m", "aquila_jax.cli.plan", *flags]
+  return subprocess.run(
+    command,
+    cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+SMOKE = ("compile", "--config=experiments/configs/smoke.py")
+
+
+def test_a_mixture_over_experts(tmp_path):
+  output = tmp_path / "plan.json"
+  done = _plan(
+    *SMOKE,
+    "--stage=scale_out",
+    "--topology=v5e:2x2",
+    "--config.mesh.expert=2",
+    f"--output={output}",
+  )
+  assert done.returncode == 0, done.stderr
+  said = json.loads(output.read_text())
+  assert said["fits"]
+  assert said["mesh"] == dict(data=2, fsdp=1, expert=2, tensor=1)
+  kinds = {(one["kind"], *one["axes"]) for one in said["collectives"]}
+  assert ("ragged-all-to-all", "expert") in kinds
+  # The exact way in its place is not counted.
+  assert not any(kind == "collective-permute" for kind, *_ in kinds)
+  assert said["seconds"]["kernels"] > 0
+  assert said["seconds"]["kernels_without_schedule"] == []
+  assert 0 < said["mfu"] < 1
+  assert "ragged-all-to-all" in done.stdout
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--topology=v9:2x2"], "--topology='v9:2x2': the TPU compiler"),
+    (["--topology=v4:2x2x1"], "--topology=v4:2x2x1: of a TPU v4 no rates"),
+    (
+      ["--topology=v5e:2x2", "--config.mesh.fsdp=3"],
+      "config.mesh.fsdp=3 (data=-1, fsdp=3, expert=1, tensor=1): the product",
+    ),
+  ],
+)
+def test_what_does_not_fit_is_refused(flags, message):
+  done = _plan(*SMOKE, "--stage=dense", *flags)
+  assert done.returncode == 2
+  assert f"aquila_jax: {message}" in done.stderr
+
+
+def test_what_needs_too_much_memory_is_said():
+  done = _plan(
+    "compile",
+    "--config=experiments/configs/aquila_1_8b.py",
+    "--topology=v5e:2x2",
+    "--config.mesh.data=4",
+    "--config.mesh.fsdp=1",
+  )
+  assert done.returncode == 0, done.stderr
+  assert "fits NO Ran out of memory on HBM" in " ".join(done.stdout.split())
+  assert "MFU" not in done.stdout
