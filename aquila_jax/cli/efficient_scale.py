@@ -12,7 +12,7 @@ from __future__ import annotations
 from absl import flags
 from etils import epath
 
-from aquila_jax.cli import app, config_door
+from aquila_jax.cli import app, config_door, model_flags
 from aquila_jax.core.allocator import keep_freed_memory
 from aquila_jax.evaluation.summary import summary_table
 from aquila_jax.pipeline.context import say_on_stderr
@@ -23,11 +23,15 @@ _CONFIG = config_door.define_flag()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Takes everything that is written.", required=True
 )
+_EXPLAIN_SHARDING = model_flags.define_explain_sharding()
 
 
 def main() -> None:
   keep_freed_memory()
   experiment = config_door.load(_CONFIG)
+  if _EXPLAIN_SHARDING.value:
+    print(model_flags.explain_sharding(experiment, experiment.pipeline))
+    return
   enable_compilation_cache()
   workdir = epath.Path(_WORKDIR.value).expanduser()
   finished = run_pipeline(experiment, workdir, say=say_on_stderr)

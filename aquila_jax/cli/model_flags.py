@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import tokenizers
@@ -27,6 +27,8 @@ from aquila_jax.interop.import_model import Checkpoint, import_model
 from aquila_jax.models import decoder_lm
 from aquila_jax.pipeline.context import say_on_stderr
 from aquila_jax.planning import counting
+from aquila_jax.sharding.explain import explain
+from aquila_jax.sharding.mesh import make_mesh
 
 T = TypeVar("T")
 
@@ -35,6 +37,35 @@ def define_stage() -> flags.FlagHolder:
   """Defines --stage, for the commands that take a config of one stage."""
   return flags.DEFINE_string(
     "stage", "", "The stage of the config; needed where it has several."
+  )
+
+
+def define_explain_sharding() -> flags.FlagHolder[bool]:
+  """Defines --explain_sharding, for the commands that train."""
+  holder: Any = flags.DEFINE_bool(
+    "explain_sharding",
+    False,
+    "Prints where every parameter lies on the mesh, and does nothing else.",
+  )
+  return holder
+
+
+def explain_sharding(experiment: ExperimentConfig, names: Sequence[str]) -> str:
+  """Tables of those stages.
+
+  Raises:
+    errors.UserError: where mesh, devices and models do not fit each other.
+  """
+  mesh = make_mesh(experiment.mesh)
+  return "\n\n".join(
+    f"{name}\n"
+    + explain(
+      decoder_lm.parameter_axes(model),
+      decoder_lm.abstract_params(model),
+      mesh=mesh,
+    )
+    for name in names
+    if (model := experiment.stages[name].model)
   )
 
 

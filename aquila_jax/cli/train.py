@@ -44,6 +44,7 @@ _PROFILE_STEPS = flags.DEFINE_list(
   "START,STOP: profiles steps START <= step < STOP, counted from 0, into"
   " WORKDIR/profile.",
 )
+_EXPLAIN_SHARDING = model_flags.define_explain_sharding()
 _SAVE_OPTIMIZER = flags.DEFINE_bool(
   "save_optimizer", True, "Whether the MODEL gets the optimizer state."
 )
@@ -53,6 +54,9 @@ def main() -> None:
   keep_freed_memory()
   experiment = config_door.load(_CONFIG)
   name = model_flags.stage_name(experiment, _STAGE.value)
+  if _EXPLAIN_SHARDING.value:
+    print(model_flags.explain_sharding(experiment, [name]))
+    return
   experiment = _with_init_from(experiment, name)
   profile_steps = _profile_steps()
   _check_source(experiment, name)
