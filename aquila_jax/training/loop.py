@@ -113,6 +113,7 @@ def train(job: TrainJob) -> TrainResult:
     errors.UserError: on a config that does not fit the model, the devices or
       the checkpoint that is there.
     errors.TrainingStopped: on a loss, gradient or parameter that is not finite.
+    errors.DiskFull: where a checkpoint could not be saved.
     Interrupted: after SIGTERM or SIGINT, when the step is saved.
   """
   program = _build(job)
@@ -144,9 +145,12 @@ def train(job: TrainJob) -> TrainResult:
           writer.validation(validation)
           reporter.show_validation(run.step, loss=validation["loss"])
 
+        saved.check()
         if _save_is_due(job, run, saved, validation=validation, stop=signals):
-          _save(job, run, saved=saved, validation=validation)
+          _stop_unless_finite(job, run, saved=saved)
+          # First, so that a checkpoint never is without its row.
           _watch(run, writer=writer)
+          _save(job, run, saved=saved, validation=validation)
         if signals.received is not None:
           raise Interrupted(run.step, signal_number=signals.received)
         if run.step == job.total_steps:
@@ -330,7 +334,7 @@ def _validate(job: TrainJob, run: _Run, *, saved: Checkpoints) -> Row:
   if not math.isfinite(numbers["loss"]):
     raise errors.TrainingStopped(
       f"{job.stage}: the validation loss is not finite at step {run.step};"
-      f" {_last_good(saved)}"
+      f" {saved.last_good}"
     )
   return {"step": run.step, **numbers}
 
@@ -364,7 +368,6 @@ def _save_is_due(
 def _save(
   job: TrainJob, run: _Run, *, saved: Checkpoints, validation: Row | None
 ) -> None:
-  _stop_unless_finite(job, run, saved=saved)
   run.saved_at = time.monotonic()
   saved.save(
     run.step,
@@ -388,7 +391,7 @@ def _stop_unless_finite(
   if bad_steps:
     raise errors.TrainingStopped(
       f"{job.stage}: loss, gradients or parameters are not finite at"
-      f" {_named(bad_steps)}; {_last_good(saved)}"
+      f" {_named(bad_steps)}; {saved.last_good}"
     )
 
 
@@ -396,15 +399,6 @@ def _named(steps: tuple[int, ...]) -> str:
   shown = ", ".join(map(str, steps[:8]))
   more = f" and {len(steps) - 8} more" if len(steps) > 8 else ""
   return f"step{'s' * (len(steps) > 1)} {shown}{more}"
-
-
-def _last_good(saved: Checkpoints) -> str:
-  if saved.latest_step is None:
-    return "nothing was saved before"
-  return (
-    f"the last good checkpoint is of step {saved.latest_step}, in"
-    f" {saved.directory}"
-  )
 
 
 def _result(job: TrainJob, run: _Run, *, saved: Checkpoints) -> TrainResult:
