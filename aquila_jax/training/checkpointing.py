@@ -42,7 +42,13 @@ _TEMPORARY = ".orbax-checkpoint-tmp"
 _TRIES = 20  # to remove what may still be written
 # Of a TrainConfig: what may change between two starts of a run, since it does
 # not change a single bit of the parameters.
-_HARMLESS = ("log_every", "checkpoint", "evaluate_every", "evaluate_tokens")
+_HARMLESS = (
+  "log_every",
+  "checkpoint",
+  "evaluate_every",
+  "evaluate_tokens",
+  "watchdog_s",
+)
 # And the fields that came later, as what was saved without them had them.
 _BEFORE: dict[str, Any] = {
   "train": {

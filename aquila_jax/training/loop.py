@@ -42,6 +42,7 @@ from aquila_jax.training.progress import Reporter
 from aquila_jax.training.recorder import Recorder, Window
 from aquila_jax.training.state import InitialModel
 from aquila_jax.training.throughput import peak_flops
+from aquila_jax.training.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,6 +127,7 @@ def train(job: TrainJob) -> TrainResult:
       total_steps=job.total_steps,
     ) as profiler,
     Checkpoints(workdir / "checkpoints", config=config.checkpoint) as saved,
+    Watchdog(config.watchdog_s) as watchdog,
   ):
     run = _start(job, program, saved=saved)
     with (
@@ -156,6 +158,7 @@ def train(job: TrainJob) -> TrainResult:
         if run.step == job.total_steps:
           break
 
+        watchdog.rearm()
         started = time.perf_counter()
         batch, data_state = next(batches)
         run.recorder.waited(time.perf_counter() - started)

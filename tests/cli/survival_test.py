@@ -1,4 +1,4 @@
-"""Runs that meet damaged files, a full disk, a second run, and a kill."""
+"""Runs that meet damage, a full disk, a second run, a kill, a watchdog."""
 
 from __future__ import annotations
 
@@ -74,9 +74,11 @@ def _rows(path: pathlib.Path):
   return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
-def _assert_same_run(found: pathlib.Path, expected: pathlib.Path) -> None:
+def _assert_same_run(
+  found: pathlib.Path, expected: pathlib.Path, *, but: str = ""
+) -> None:
   for path in (expected / "model").rglob("*"):
-    if path.is_file():
+    if path.is_file() and path.name != but:
       other = found / path.relative_to(expected)
       assert other.read_bytes() == path.read_bytes(), path
   for name in ("metrics.jsonl", "validation.jsonl"):
@@ -132,7 +134,7 @@ def test_without_a_whole_checkpoint_it_ends_with_2_and_touches_nothing(
   assert sorted(run.rglob("*")) == before
 
 
-def test_a_second_run_is_refused_and_a_killed_one_does_not_block(
+def test_a_second_run_is_refused_and_a_killed_one_does_not_block_a_watched_one(
   quick, data, whole, tmp_path
 ):
   run = _before_its_end(whole, tmp_path / "run")
@@ -152,9 +154,14 @@ def test_a_second_run_is_refused_and_a_killed_one_does_not_block(
     )
     first.kill()
   assert (run / "lock").exists()
-  succeeded(quick.run(*_command(data, run)))
+  # Watched so closely that every step takes too long.
+  watch = "--config.stages.dense.train.watchdog_s=0.001"
+  watched = succeeded(quick.run(*_command(data, run), watch))
+  assert "\nno step for 0.001 s; the run goes on; its threads:\n" in watched.err
+  assert f'{os.sep}training{os.sep}loop.py", line' in watched.err
   assert not (run / "lock").exists()
-  _assert_same_run(run, whole)
+  # The lineage says how it was watched.
+  _assert_same_run(run, whole, but="config.json")
 
 
 def test_a_full_disk_ends_with_4_and_the_checkpoint_before_stands(

@@ -182,6 +182,7 @@ def test_harmless_fields_may_change(directory, config, tiny):
       log_every=7,
       evaluate_every=3,
       evaluate_tokens=5,
+      watchdog_s=7.0,
       checkpoint=CheckpointConfig(every_steps=3, keep_last=5),
     ),
     others={"seed": 1},
