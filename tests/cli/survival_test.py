@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import resource
@@ -108,6 +109,16 @@ def test_damaged_checkpoints_are_passed_over_to_the_bits_of_a_whole_run(
   assert " has the CRC-32 " in flipped
   assert flipped.endswith(f"{aside} {run}/damaged_checkpoints/4")
   assert "dense: going on from step 2" in lines
+  spent = json.loads((run / "result.json").read_text())["spent_s"]
+  steps, total = spent["steps"], sum(spent.values())
+  (goodput,) = [line for line in lines if " s in steps; " in line]
+  assert goodput.startswith(
+    f"dense: {100 * steps / total:.1f} % of {total:.1f} s in steps; "
+  )
+  for part in spent.keys() - {"steps"}:
+    assert f" {part.replace('_', ' ')} " in goodput
+  rows = read_rows(epath.Path(run / "metrics.jsonl"))
+  assert all(0 <= row["data_wait_share"] <= 1 for row in rows)
   assert names(run / "damaged_checkpoints") == ["4", "6", "8"]
   assert names(run / "checkpoints") == ["2", "4", "6", "8"]
   _assert_same_run(run, whole)
