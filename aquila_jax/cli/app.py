@@ -1,8 +1,8 @@
 """How every command starts and ends.
 
 Exit codes: 0 done; 1 a fault of ours or of the machine; 2 a mistake in what the
-user gave, in one line; 3 training stopped on a loss that is not finite; 128 + n
-stopped by signal n with everything saved.
+user gave, in one line; 3 training stopped on a loss that is not finite; 4 the
+disk is full; 128 + n stopped by signal n with everything saved.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
 from aquila_jax.cli import config_door
-from aquila_jax.core import errors
+from aquila_jax.core import disk, errors
 from aquila_jax.training.interruption import Interrupted
 
 _MISSING = re.compile(r"Flag (--\w+) must have a value other than None")
@@ -87,6 +87,7 @@ def _guarded(
   main: Callable[[Sequence[str]], None], argv: Sequence[str]
 ) -> NoReturn:
   _show_own_log()
+  sys.unraisablehook = _unless_late
   for number in (signal.SIGTERM, signal.SIGHUP):
     # So that what is half written is removed; nohup's choice stays.
     if signal.getsignal(number) is signal.SIG_DFL:
@@ -97,6 +98,8 @@ def _guarded(
     _end(2, str(error))
   except errors.TrainingStopped as error:
     _end(3, str(error))
+  except errors.DiskFull as error:
+    _end(4, str(error))
   except Interrupted as error:
     _end(error.exit_code, str(error))
   except KeyboardInterrupt as error:
@@ -106,6 +109,16 @@ def _guarded(
       "stopped; the same command goes on from the last checkpoint, or begins"
       " anew where it has none",
     )
+  except Exception as error:
+    reason = disk.why_full(error)
+    if reason is None:
+      raise
+    what = getattr(error, "filename", None) or "a file"
+    _end(
+      4,
+      f"{what} could not be written: {reason}; free some space, and run the"
+      " same command again",
+    )
   logging.flush()
   sys.exit(0)
 
@@ -113,6 +126,16 @@ def _guarded(
 def _interrupt(number: int, frame: object) -> NoReturn:
   del frame
   raise KeyboardInterrupt(number)
+
+
+def _unless_late(unraisable: Any) -> None:
+  """Shows an exception that nobody could catch, but for one.
+
+  When one write of a checkpoint fails, Orbax raises it and closes its loop;
+  TensorStore then says for each of the other writes that it finds it closed.
+  """
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
 
 
 def _show_own_log() -> None:
@@ -130,11 +153,10 @@ def _show_own_log() -> None:
 def _is_for_people(record: python_logging.LogRecord) -> bool:
   if record.pathname.startswith(_PACKAGE):
     return True
-  # Orbax warns of what is as it should be.
-  is_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
-  return record.levelno >= (
-    python_logging.ERROR if is_orbax else python_logging.WARNING
-  )
+  if f"{os.sep}orbax{os.sep}" in record.pathname:
+    # It warns of what is as it should be, and logs what it also raises.
+    return record.levelno >= python_logging.ERROR and not record.exc_info
+  return record.levelno >= python_logging.WARNING
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

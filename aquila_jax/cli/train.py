@@ -20,10 +20,15 @@ from aquila_jax.core import errors
 from aquila_jax.core.allocator import keep_freed_memory
 from aquila_jax.core.experiment_config import ExperimentConfig, Load
 from aquila_jax.pipeline import budget, records
-from aquila_jax.pipeline.context import make_context, say_on_stderr
+from aquila_jax.pipeline.context import (
+  make_context,
+  make_workdir,
+  say_on_stderr,
+)
 from aquila_jax.pipeline.initial import Start
 from aquila_jax.pipeline.preflight import check_config, check_data
 from aquila_jax.pipeline.stage import check_unchanged, is_done, run_stage
+from aquila_jax.pipeline.workdir_lock import locked
 from aquila_jax.training.compilation import enable_compilation_cache
 from aquila_jax.training.profiling import check_profile_steps
 
@@ -69,18 +74,20 @@ def main() -> None:
     total_steps=budget.total_steps(experiment, name),
     name="--profile_steps",
   )
-  context = make_context(experiment, workdir, say=say_on_stderr)
-  stage = experiment.stages[name]
-  start = Start(context=context, name=name, stage=stage, locate=str)
-  check_unchanged(start, workdir)
-  check_data(context, stages=to_do)
-  records.write(workdir / "config.json", records.plain(experiment))
-  run_stage(
-    start,
-    workdir,
-    profile_steps=profile_steps,
-    save_optimizer=_SAVE_OPTIMIZER.value,
-  )
+  make_workdir(workdir)
+  with locked(workdir):
+    context = make_context(experiment, workdir, say=say_on_stderr)
+    stage = experiment.stages[name]
+    start = Start(context=context, name=name, stage=stage, locate=str)
+    check_unchanged(start, workdir)
+    check_data(context, stages=to_do)
+    records.write(workdir / "config.json", records.plain(experiment))
+    run_stage(
+      start,
+      workdir,
+      profile_steps=profile_steps,
+      save_optimizer=_SAVE_OPTIMIZER.value,
+    )
   print(f"MODEL: {workdir / 'model'}")
 
 

@@ -21,6 +21,13 @@ class TrainingStopped(Exception):
   """
 
 
+class DiskFull(Exception):
+  """Nothing more could be written; what was written before stands.
+
+  The commands print it and exit with 4.
+  """
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
   """`; did you mean 'x'?`, or the whole list where nothing is near."""
   valid = sorted(valid)

@@ -399,6 +399,9 @@ class TrainConfig:
   evaluate_every: int = 0
   # Tokens of validation text a language in such a validation.
   evaluate_tokens: int = 65536
+  # Seconds without a step or a validation after which the stacks of all threads
+  # are written to standard error, again and again; 0 is never.
+  watchdog_s: float = 600.0
 
   def __post_init__(self):
     require(
@@ -419,6 +422,7 @@ class TrainConfig:
       self.evaluate_tokens >= 1,
       f"evaluate_tokens={self.evaluate_tokens}: need >= 1",
     )
+    require(self.watchdog_s >= 0, f"watchdog_s={self.watchdog_s}: need >= 0")
     require(
       self.batch_size % self.num_microbatches == 0,
       f"batch_size={self.batch_size} is not a multiple of"

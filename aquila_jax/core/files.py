@@ -13,5 +13,9 @@ def replace_text(path: epath.Path, text: str) -> None:
     text: all of the content.
   """
   partial = path.parent / f".{path.name}.partial"
-  partial.write_text(text)
-  partial.replace(path)
+  try:
+    partial.write_text(text)
+    partial.replace(path)
+  except OSError:
+    partial.unlink(missing_ok=True)
+    raise

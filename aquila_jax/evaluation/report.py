@@ -166,7 +166,8 @@ def _stages(report: ReportInput) -> Markup:
       "p",
       "Active parameters are those that one token meets. FLOPs are those of"
       " matrix products, forward and backward; time is training alone, without"
-      " compilation, validation and checkpoints.",
+      " compilation and validation; goodput is the share of all wall time that"
+      " was spent in steps.",
       class_="note",
     ),
     tables.stage_table(report).html(),

@@ -50,6 +50,8 @@ class StageResult:
   # What all ancestors took.
   flops_before: Number = 0.0
   wall_before_s: Number = 0.0
+  # The wall time by what it was spent on, "steps" among it; {} is not known.
+  spent_s: Mapping[str, Number] = dataclasses.field(default_factory=dict)
   # Validation loss of the source, under "source", and right after the transform
   # by each method tried, `method` among them.
   transform_losses: Mapping[str, Number] = dataclasses.field(
@@ -78,6 +80,12 @@ class StageResult:
   @property
   def tokens_per_s(self) -> float:
     return self.tokens / self.wall_s if self.wall_s else 0.0
+
+  @property
+  def goodput(self) -> float | None:
+    """The share of wall time in steps, where it is known."""
+    total = sum(self.spent_s.values())
+    return float(self.spent_s["steps"] / total) if total else None
 
   @property
   def has_experts(self) -> bool:

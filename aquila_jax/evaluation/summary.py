@@ -91,6 +91,7 @@ def _stage(stage: StageResult) -> dict[str, Any]:
     "flops": stage.flops,
     "flops_with_ancestors": stage.flops_before + stage.flops,
     "wall_s": stage.wall_s,
+    "spent_s": dict(stage.spent_s),
     "validation_loss": curve[-1].value if curve else None,
     "transform_losses": _finite(dict(stage.transform_losses)),
     "evaluation": scores,

@@ -81,6 +81,7 @@ def stage_table(report: ReportInput) -> Table:
       "with ancestors",
       "time",
       "tokens/s",
+      "goodput",
     ),
     rows=[
       (
@@ -95,6 +96,7 @@ def stage_table(report: ReportInput) -> Table:
         formats.scientific(stage.flops_before + stage.flops),
         formats.duration(stage.wall_s),
         f"{stage.tokens_per_s:,.0f}",
+        "-" if stage.goodput is None else f"{100 * stage.goodput:.0f} %",
       )
       for stage in report.stages
     ],

@@ -108,14 +108,23 @@ def make_context(
       or the data cannot be prepared.
   """
   mesh = make_mesh(experiment.mesh)
+  make_workdir(workdir)
+  data = open_data(experiment.data, workdir, say=say)
+  return Context(experiment=experiment, data=data, mesh=mesh, say=say)
+
+
+def make_workdir(workdir: epath.Path) -> None:
+  """Makes a workdir, if it is missing.
+
+  Raises:
+    errors.UserError: where it cannot be made.
+  """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise errors.UserError(
       f"--workdir={str(workdir)!r}: cannot be made: {error.strerror}"
     ) from error
-  data = open_data(experiment.data, workdir, say=say)
-  return Context(experiment=experiment, data=data, mesh=mesh, say=say)
 
 
 def open_data(

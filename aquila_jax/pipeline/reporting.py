@@ -83,6 +83,7 @@ def _stage_result(
   before = earlier.get(parent)
   total = counting.count(stage.model).total
   scores, samples = read_evaluation(directory)
+  result = records.read(directory / "result.json") or {}
   return StageResult(
     name=name,
     kind=stage.init.kind,
@@ -96,6 +97,7 @@ def _stage_result(
     validation=_rows(directory / "validation.jsonl"),
     flops_before=Lineage.from_json(opening.lineage).flops,
     wall_before_s=before.wall_before_s + before.wall_s if before else 0.0,
+    spent_s=result.get("spent_s", {}),
     transform_losses=opening.transform_losses,
     evaluation=scores,
     samples=samples,

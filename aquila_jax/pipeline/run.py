@@ -1,6 +1,7 @@
 """EfficientScale as a list: every stage in order, then the report.
 
 WORKDIR/
+  lock             while a process runs in it
   config.json      the resolved config
   data/            prepared text, unless the config names some
   stages/NAME/     what stage.py says
@@ -16,7 +17,7 @@ from etils import epath
 from aquila_jax.core.experiment_config import ExperimentConfig
 from aquila_jax.evaluation.results import ReportInput
 from aquila_jax.pipeline import records
-from aquila_jax.pipeline.context import Say, make_context
+from aquila_jax.pipeline.context import Say, make_context, make_workdir
 from aquila_jax.pipeline.evaluate import evaluate_stage
 from aquila_jax.pipeline.initial import Start
 from aquila_jax.pipeline.preflight import (
@@ -26,6 +27,7 @@ from aquila_jax.pipeline.preflight import (
 )
 from aquila_jax.pipeline.reporting import make_report
 from aquila_jax.pipeline.stage import check_unchanged, is_done, run_stage
+from aquila_jax.pipeline.workdir_lock import locked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,16 +54,34 @@ def run_pipeline(
 
   Raises:
     errors.UserError: on a config that does not fit, found before the first
-      step wherever it can be.
+      step wherever it can be; where another process runs in the workdir; where
+      a stage has checkpoints and none is whole.
     errors.TrainingStopped: on a loss that is not finite.
+    errors.DiskFull: where a checkpoint could not be saved.
     Interrupted: after SIGTERM or SIGINT, when the step is saved.
   """
   directories = {
     name: workdir / "stages" / name for name in experiment.pipeline
   }
-  to_do = [name for name, path in directories.items() if not is_done(path)]
   check_order(experiment)
-  check_config(experiment, stages=to_do)
+  check_config(experiment, stages=_to_do(directories))
+  make_workdir(workdir)
+  with locked(workdir):
+    return _run(experiment, workdir, directories, say=say)
+
+
+def _to_do(directories: dict[str, epath.Path]) -> list[str]:
+  return [name for name, path in directories.items() if not is_done(path)]
+
+
+def _run(
+  experiment: ExperimentConfig,
+  workdir: epath.Path,
+  directories: dict[str, epath.Path],
+  *,
+  say: Say,
+) -> Finished:
+  to_do = _to_do(directories)
   context = make_context(experiment, workdir, say=say)
 
   def locate(source: str) -> str:

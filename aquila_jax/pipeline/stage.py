@@ -4,7 +4,7 @@
     stage.json        config, lineage at the start, losses around the transform
     checkpoints/      of the training, with metrics.jsonl, validation.jsonl and
                       tensorboard/ beside
-    result.json       steps, tokens, FLOPs and seconds
+    result.json       steps, tokens, FLOPs, seconds and where they went
     model/            the MODEL; written last, so that it marks the stage done
     evaluation.json   scores and samples
 
@@ -333,6 +333,7 @@ def _finish(
     "tokens": result.tokens,
     "flops": result.flops,
     "wall_s": result.wall_s,
+    "spent_s": result.spent_s,
   }
   records.write(directory / "result.json", numbers)
   event = Event(

@@ -7,16 +7,21 @@
       progress/  position in the data, training seconds, sums of the open row
       config/    the resolved config of the stage
       metrics/   the validation loss, where there was a validation
+      MANIFEST.json  size and checksum of every file
+  damaged_checkpoints/
+    STEP/        a step that was not as it was saved
 
 A step is written beside its place by a background thread and renamed into it,
 so a killed run leaves whole steps and at most one temporary directory, which
-the next start removes.
+the next start removes. A start verifies every step by its manifest.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,15 +32,23 @@ from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint import handlers
 
 from aquila_jax.core import config as config_lib
-from aquila_jax.core import errors
+from aquila_jax.core import disk, errors
 from aquila_jax.core.experiment_config import CheckpointConfig
 from aquila_jax.core.moments import AdamMoments, get_moments, set_moments
 from aquila_jax.core.types import TrainState
+from aquila_jax.training import manifest
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
+_TRIES = 20  # to remove what may still be written
 # Of a TrainConfig: what may change between two starts of a run, since it does
 # not change a single bit of the parameters.
-_HARMLESS = ("log_every", "checkpoint", "evaluate_every", "evaluate_tokens")
+_HARMLESS = (
+  "log_every",
+  "checkpoint",
+  "evaluate_every",
+  "evaluate_tokens",
+  "watchdog_s",
+)
 # And the fields that came later, as what was saved without them had them.
 _BEFORE: dict[str, Any] = {
   "train": {
@@ -70,23 +83,31 @@ class Checkpoints:
   """The checkpoints of one stage, newest and best. A context manager.
 
   Args:
-    directory: made if missing; what a killed run left half-written is removed.
+    directory: made if missing; what a killed run left half-written is removed,
+      and steps that are damaged are moved beside it.
     config: how many to keep.
+
+  Raises:
+    errors.UserError: where there are steps and none of them is whole.
   """
 
   def __init__(self, directory: epath.Path, *, config: CheckpointConfig):
     self.directory = directory
-    directory.mkdir(parents=True, exist_ok=True)
-    for child in directory.iterdir():
-      if _TEMPORARY in child.name:
-        logging.info("removing %s, left by a run that was killed", child)
-        child.rmtree()
+    self._step: int | None = None  # is being saved
+    if jax.process_index() == 0:
+      directory.mkdir(parents=True, exist_ok=True)
+      _remove_unfinished(directory)
+      _move_damaged(directory)
+    ocp.multihost.sync_global_processes(f"aquila_jax:verified:{directory}")
     self._manager = ocp.CheckpointManager(
       os.fspath(directory),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=_preservation(config),
         best_fn=_validation_loss,
         best_mode="min",
+        async_options=ocp.AsyncOptions(
+          post_finalization_callback=self._write_manifest
+        ),
       ),
       handler_registry=_registry(),
     )
@@ -123,16 +144,20 @@ class Checkpoints:
       config: of `saved_config`.
       validation: with the key `loss`, if the step was validated.
     """
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(_to_tree(state)),
-        progress=ocp.args.JsonSave(progress),
-        config=ocp.args.JsonSave(config),
-      ),
-      metrics=None if validation is None else dict(validation),
-      force=True,
-    )
+    self.wait()
+    self._step = step
+    with self._named_if_full():
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeSave(_to_tree(state)),
+          progress=ocp.args.JsonSave(progress),
+          config=ocp.args.JsonSave(config),
+        ),
+        metrics=None if validation is None else dict(validation),
+        force=True,
+        custom_metadata=manifest.MARK,
+      )
     if validation is not None:
       self._losses[step] = validation["loss"]
 
@@ -176,9 +201,57 @@ class Checkpoints:
     )
     return _from_tree(restored["state"], like=state), small["progress"]
 
+  def check(self) -> None:
+    """Raises what has become of a save in the background, if it has failed.
+
+    Raises:
+      errors.DiskFull: where there was no room for it.
+    """
+    if not self._manager.is_saving_in_progress():
+      self.wait()
+
   def wait(self) -> None:
-    """Returns when everything saved is on disk."""
-    self._manager.wait_until_finished()
+    """Returns when everything saved is on disk.
+
+    Raises:
+      errors.DiskFull: where there was no room for it.
+    """
+    with self._named_if_full():
+      self._manager.wait_until_finished()
+
+  def _write_manifest(self) -> None:
+    """Called in the background, when the files of a step are written."""
+    # Where a directory cannot be renamed, a step is written in its place.
+    written = self.directory / str(self._step)
+    for child in self.directory.iterdir():
+      if child.name.startswith(f"{self._step}{_TEMPORARY}"):
+        written = child
+    manifest.write(written)
+
+  @contextlib.contextmanager
+  def _named_if_full(self) -> Iterator[None]:
+    """Turns what a full disk makes of saving into one error."""
+    try:
+      yield
+    except Exception as error:
+      reason = disk.why_full(error)
+      if reason is None:
+        raise
+      _remove_failed(self.directory)
+      raise errors.DiskFull(
+        f"{self.directory}: step {self._step} could not be saved: {reason};"
+        f" {self.last_good}; free some space, and the same command goes on"
+      ) from error
+
+  @property
+  def last_good(self) -> str:
+    """Which checkpoint stands, in words."""
+    if self.latest_step is None:
+      return "nothing was saved before"
+    return (
+      f"the last good checkpoint is of step {self.latest_step}, in"
+      f" {self.directory}"
+    )
 
   def __enter__(self) -> Checkpoints:
     return self
@@ -186,7 +259,8 @@ class Checkpoints:
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     # A second Ctrl-C stops at once; the next start removes what is half done.
     if kind is None or not issubclass(kind, KeyboardInterrupt):
-      self._manager.close()
+      with self._named_if_full():
+        self._manager.close()
 
 
 def saved_config(
@@ -226,6 +300,67 @@ def check_same(
       f"{what} was made with another config; use another workdir, or change"
       f" back: {'; '.join(changed)}"
     )
+
+
+def _remove_unfinished(directory: epath.Path) -> None:
+  for child in directory.iterdir():
+    is_step = child.name.isdigit()
+    if _TEMPORARY in child.name or (
+      is_step and not ocp.utils.is_checkpoint_finalized(child)
+    ):
+      logging.info("removing %s, which was never whole", child)
+      child.rmtree()
+
+
+def _remove_failed(directory: epath.Path) -> None:
+  """`_remove_unfinished` while other threads may still write into it."""
+  for _ in range(_TRIES):
+    try:
+      return _remove_unfinished(directory)
+    except OSError as error:
+      logging.info("once more: %s", error)
+      time.sleep(0.1)
+  logging.warning("%s: remains of a failed save are left", directory)
+
+
+def _move_damaged(directory: epath.Path) -> None:
+  """Verifies all steps, and moves those that are damaged out of the way.
+
+  Raises:
+    errors.UserError: where no step is whole; they are left as they are.
+  """
+  steps = [child for child in directory.iterdir() if child.name.isdigit()]
+  steps.sort(key=lambda step: int(step.name), reverse=True)
+  faults = {}
+  for step in steps:
+    if manifest.is_of_before(step):
+      logging.warning("%s has no checksums (an older version); trusted", step)
+      continue
+    fault = manifest.fault(step)
+    if fault is not None:
+      faults[step] = fault
+  if steps and len(faults) == len(steps):
+    listed = "; ".join(f"{step.name}/{why}" for step, why in faults.items())
+    raise errors.UserError(
+      f"{directory}: no checkpoint is whole: {listed}; put one back from a"
+      " copy, or remove the directory to begin the stage anew"
+    )
+  for step, fault in faults.items():
+    aside = _free_name(directory.parent / "damaged_checkpoints" / step.name)
+    aside.parent.mkdir(exist_ok=True)
+    step.rename(aside)
+    logging.warning(
+      "%s/%s; the checkpoint is passed over, and moved to %s",
+      *(step, fault, aside),
+    )
+
+
+def _free_name(path: epath.Path) -> epath.Path:
+  number, free = 1, path
+  while free.exists():
+    number += 1
+    free = path.parent / f"{path.name}.{number}"
+  return free
 
 
 def _preservation(config: CheckpointConfig) -> policies.AnyPreservationPolicy:

@@ -31,6 +31,8 @@ from aquila_jax.training.balance import initial_weights
 from aquila_jax.training.checkpointing import Checkpoints, saved_config
 from aquila_jax.training.compilation import compile_step
 from aquila_jax.training.freezing import NewIndices
+from aquila_jax.training.goodput import Goodput
+from aquila_jax.training.goodput import in_words as goodput_in_words
 from aquila_jax.training.interruption import Interrupted, StopSignals
 from aquila_jax.training.metrics import MetricsWriter, Row, read_rows
 from aquila_jax.training.profiling import Profiler
@@ -39,6 +41,7 @@ from aquila_jax.training.progress import Reporter
 from aquila_jax.training.recorder import Recorder, Window
 from aquila_jax.training.state import InitialModel
 from aquila_jax.training.throughput import peak_flops
+from aquila_jax.training.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +94,7 @@ class TrainResult:
   tokens: int
   flops: float
   wall_s: float  # training, without compilation and validation
+  spent_s: dict[str, float]  # the whole wall time, of `Goodput`
   last_row: Row | None  # of metrics.jsonl
   validation_losses: dict[int, float]  # of the checkpoints that stand
 
@@ -110,9 +114,12 @@ def train(job: TrainJob) -> TrainResult:
     errors.UserError: on a config that does not fit the model, the devices or
       the checkpoint that is there.
     errors.TrainingStopped: on a loss, gradient or parameter that is not finite.
+    errors.DiskFull: where a checkpoint could not be saved.
     Interrupted: after SIGTERM or SIGINT, when the step is saved.
   """
-  program, train_step = _build(job)
+  goodput = Goodput()
+  with goodput.spent("compile"):
+    program, train_step = _build(job)
   workdir, config = job.workdir, job.train
   with (
     StopSignals() as signals,
@@ -121,9 +128,10 @@ def train(job: TrainJob) -> TrainResult:
       steps=job.profile_steps,
       total_steps=job.total_steps,
     ) as profiler,
-    Checkpoints(workdir / "checkpoints", config=config.checkpoint) as saved,
+    _open_checkpoints(job, goodput) as saved,
+    Watchdog(config.watchdog_s) as watchdog,
   ):
-    run = _start(job, program, saved=saved)
+    run = _start(job, program, saved=saved, goodput=goodput)
     with (
       MetricsWriter(workdir, last_step=run.step) as writer,
       Reporter(
@@ -141,25 +149,32 @@ def train(job: TrainJob) -> TrainResult:
           writer.validation(validation)
           reporter.show_validation(run.step, loss=validation["loss"])
 
+        with goodput.spent("saving"):
+          saved.check()
         if _save_is_due(job, run, saved, validation=validation, stop=signals):
-          _save(job, run, saved=saved, validation=validation)
+          _stop_unless_finite(job, run, saved=saved)
+          # First, so that a checkpoint never is without its row.
           _watch(run, writer=writer)
+          _save(job, run, saved=saved, validation=validation)
         if signals.received is not None:
           raise Interrupted(run.step, signal_number=signals.received)
         if run.step == job.total_steps:
           break
 
+        watchdog.rearm()
         started = time.perf_counter()
-        batch, data_state = next(batches)
+        with goodput.spent("data_wait"):
+          batch, data_state = next(batches)
         run.recorder.waited(time.perf_counter() - started)
         batch = inputs.place(batch, like=program.batch)
 
         profiler.before(run.step)
         # Nothing may cross between host and devices within a step.
-        with jax.transfer_guard("disallow"):
-          run.state, metrics = train_step(run.state, batch)
-        run.step, run.data_state = run.step + 1, data_state
-        run.recorder.add(run.step, metrics)
+        with goodput.spent("steps"):
+          with jax.transfer_guard("disallow"):
+            run.state, metrics = train_step(run.state, batch)
+          run.step, run.data_state = run.step + 1, data_state
+          run.recorder.add(run.step, metrics)
         profiler.after(run.step, result=run.state)
 
         reporter.advance(run.step)
@@ -169,7 +184,8 @@ def train(job: TrainJob) -> TrainResult:
           row = run.recorder.row(run.step, epochs=epochs)
           writer.train(row)
           reporter.show(row)
-    saved.wait()
+    with goodput.spent("saving"):
+      saved.wait()
     return _result(job, run, saved=saved)
 
 
@@ -181,6 +197,7 @@ class _Run:
   state: TrainState
   data_state: DataState
   recorder: Recorder
+  goodput: Goodput
   validated_step: int  # the last one
   saved_at: float  # time.monotonic() of the last save
   watch: RoutingWatch | None
@@ -205,13 +222,23 @@ def _build(job: TrainJob) -> tuple[Program, Any]:
   return program, step
 
 
-def _start(job: TrainJob, program: Program, *, saved: Checkpoints) -> _Run:
+def _open_checkpoints(job: TrainJob, goodput: Goodput) -> Checkpoints:
+  with goodput.spent("restore"):
+    return Checkpoints(job.workdir / "checkpoints", config=job.train.checkpoint)
+
+
+def _start(
+  job: TrainJob, program: Program, *, saved: Checkpoints, goodput: Goodput
+) -> _Run:
   """Where the weights come from: this run's checkpoint, or the job."""
   step = saved.latest_step
   if step is not None:
-    state, progress = saved.restore(
-      program.state, config=job.saved_config, path=job.config_path
-    )
+    with goodput.spent("restore"):
+      state, progress = saved.restore(
+        program.state, config=job.saved_config, path=job.config_path
+      )
+    # Checkpoints of before there was one are without.
+    goodput.add(progress.get("spent_s", {}))
     logging.info("%s: going on from step %d", job.stage, step)
   else:
     step = 0
@@ -242,6 +269,7 @@ def _start(job: TrainJob, program: Program, *, saved: Checkpoints) -> _Run:
     state=state,
     data_state=DataState.from_json(progress["data_state"]),
     recorder=recorder,
+    goodput=goodput,
     validated_step=progress["validated_step"],
     saved_at=time.monotonic(),
     # A run that is done already saves no more.
@@ -258,7 +286,8 @@ def _watch(run: _Run, *, writer: MetricsWriter) -> None:
   if run.watch is None:
     return
   started = time.perf_counter()
-  writer.routing(run.watch.row(run.step, run.state.params))
+  with run.goodput.spent("validation"):
+    writer.routing(run.watch.row(run.step, run.state.params))
   run.recorder.clock.exclude(time.perf_counter() - started)
 
 
@@ -278,13 +307,14 @@ def _validate(job: TrainJob, run: _Run, *, saved: Checkpoints) -> Row:
   _stop_unless_finite(job, run, saved=saved)  # waits for the queued steps
   assert job.evaluate is not None
   started = time.perf_counter()
-  numbers = dict(job.evaluate(run.state.params, run.step))
+  with run.goodput.spent("validation"):
+    numbers = dict(job.evaluate(run.state.params, run.step))
   run.recorder.clock.exclude(time.perf_counter() - started)
   run.validated_step = run.step
   if not math.isfinite(numbers["loss"]):
     raise errors.TrainingStopped(
       f"{job.stage}: the validation loss is not finite at step {run.step};"
-      f" {_last_good(saved)}"
+      f" {saved.last_good}"
     )
   return {"step": run.step, **numbers}
 
@@ -318,31 +348,34 @@ def _save_is_due(
 def _save(
   job: TrainJob, run: _Run, *, saved: Checkpoints, validation: Row | None
 ) -> None:
-  _stop_unless_finite(job, run, saved=saved)
   run.saved_at = time.monotonic()
-  saved.save(
-    run.step,
-    state=run.state,
-    progress={
-      "data_state": run.data_state.to_json(),
-      "wall_s": run.recorder.clock.seconds,
-      "window": dataclasses.asdict(run.recorder.window),
-      "validated_step": run.validated_step,
-    },
-    config=job.saved_config,
-    validation=None if validation is None else {"loss": validation["loss"]},
-  )
+  progress = {
+    "data_state": run.data_state.to_json(),
+    "wall_s": run.recorder.clock.seconds,
+    "spent_s": run.goodput.seconds,
+    "window": dataclasses.asdict(run.recorder.window),
+    "validated_step": run.validated_step,
+  }
+  with run.goodput.spent("saving"):
+    saved.save(
+      run.step,
+      state=run.state,
+      progress=progress,
+      config=job.saved_config,
+      validation=None if validation is None else {"loss": validation["loss"]},
+    )
 
 
 def _stop_unless_finite(
   job: TrainJob, run: _Run, *, saved: Checkpoints
 ) -> None:
   """Fetches the metrics of all steps so far."""
-  bad_steps = run.recorder.fetch()
+  with run.goodput.spent("steps"):  # it waits for them
+    bad_steps = run.recorder.fetch()
   if bad_steps:
     raise errors.TrainingStopped(
       f"{job.stage}: loss, gradients or parameters are not finite at"
-      f" {_named(bad_steps)}; {_last_good(saved)}"
+      f" {_named(bad_steps)}; {saved.last_good}"
     )
 
 
@@ -352,18 +385,11 @@ def _named(steps: tuple[int, ...]) -> str:
   return f"step{'s' * (len(steps) > 1)} {shown}{more}"
 
 
-def _last_good(saved: Checkpoints) -> str:
-  if saved.latest_step is None:
-    return "nothing was saved before"
-  return (
-    f"the last good checkpoint is of step {saved.latest_step}, in"
-    f" {saved.directory}"
-  )
-
-
 def _result(job: TrainJob, run: _Run, *, saved: Checkpoints) -> TrainResult:
   rows = read_rows(job.workdir / "metrics.jsonl")
   tokens = run.step * job.train.tokens_per_step
+  spent_s = run.goodput.seconds
+  logging.info("%s: %s", job.stage, goodput_in_words(spent_s))
   return TrainResult(
     state=run.state,
     data_state=run.data_state,
@@ -371,6 +397,7 @@ def _result(job: TrainJob, run: _Run, *, saved: Checkpoints) -> TrainResult:
     tokens=tokens,
     flops=tokens * job.flops_per_token,
     wall_s=run.recorder.clock.seconds,
+    spent_s=spent_s,
     last_row=rows[-1] if rows else None,
     validation_losses=saved.losses,
   )

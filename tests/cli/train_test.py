@@ -48,9 +48,8 @@ def test_it_goes_on_from_a_model(quick, dense, data, tmp_path):
 
   # Once more: there is nothing to do, and nothing is done.
   stamps = {p: p.stat().st_mtime_ns for p in (workdir / "model").rglob("*")}
-  again, other = quick.run_all(
-    [command, (*command, "--config.stages.dense.train.batch_size=4")]
-  )
+  again = quick.run(*command)
+  other = quick.run(*command, "--config.stages.dense.train.batch_size=4")
   assert (again.code, again.out) == (0, trained.out)
   assert again.err == "dense: done\n"
   assert (other.code, other.out) == (2, "")

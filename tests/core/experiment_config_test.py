@@ -208,6 +208,7 @@ def test_values_are_refused(cls, fields, message):
     ({"log_every": 0}, "log_every=0: need >= 1"),
     ({"evaluate_every": -1}, "evaluate_every=-1: need >= 0"),
     ({"evaluate_tokens": 0}, "evaluate_tokens=0: need >= 1"),
+    ({"watchdog_s": -1.0}, "watchdog_s=-1.0: need >= 0"),
     (
       {"num_microbatches": 3},
       "batch_size=8 is not a multiple of num_microbatches=3",

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from aquila_jax.core.experiment_config import (
 )
 from aquila_jax.core.types import TrainState
 from aquila_jax.sharding.mesh import make_mesh
+from aquila_jax.training import manifest
 from aquila_jax.training.checkpointing import (
   Checkpoints,
   check_same,
@@ -179,6 +182,7 @@ def test_harmless_fields_may_change(directory, config, tiny):
       log_every=7,
       evaluate_every=3,
       evaluate_tokens=5,
+      watchdog_s=7.0,
       checkpoint=CheckpointConfig(every_steps=3, keep_last=5),
     ),
     others={"seed": 1},
@@ -221,6 +225,86 @@ def test_a_checkpoint_of_before_routing_had_options_fits(tiny):
   ]
   before = LossConfig(balance_over="micro_batch")
   assert differences(num_microbatches=2, loss=before) is None
+
+
+def _flip(path):
+  content = bytearray(path.read_bytes())
+  content[-1] ^= 1
+  path.write_bytes(bytes(content))
+
+
+def test_damaged_steps_are_neither_restored_nor_among_the_best(
+  directory, config
+):
+  rules = CheckpointConfig(keep_last=3, keep_best=2)
+  with Checkpoints(directory, config=rules) as saved:
+    for step, loss in ((1, 1.0), (2, 2.0), (3, None), (4, 3.0)):
+      _save(saved, step, config, loss)
+  _flip(directory / "1/metrics/metrics")
+  _flip(directory / "4/state/params.b/c/0")
+  with Checkpoints(directory, config=rules) as saved:
+    assert (saved.latest_step, saved.losses) == (3, {2: 2.0})
+    state, progress = saved.restore(_abstract(_state(3.0)), config=config)
+    jax.tree.map(np.testing.assert_array_equal, state, _state(3.0))
+    assert progress["data"] == {"rows": 3}
+    # What was moved aside can be saved, and damaged, again.
+    _save(saved, 4, config, 3.5)
+    saved.wait()
+    assert saved.losses == {2: 2.0, 4: 3.5}
+  _flip(directory / "4/progress/metadata")
+  with Checkpoints(directory, config=rules) as saved:
+    assert saved.latest_step == 3
+  aside = directory.parent / "damaged_checkpoints"
+  assert sorted(p.name for p in aside.iterdir()) == ["1", "4", "4.2"]
+
+
+def test_every_file_of_a_step_is_in_its_manifest(directory, config):
+  with Checkpoints(directory, config=CheckpointConfig()) as saved:
+    _save(saved, 1, config, 1.0)
+  files = {
+    path.relative_to(directory / "1").as_posix()
+    for folder, _, names in (directory / "1").walk()
+    for path in (folder / name for name in names)
+  }
+  listed = json.loads((directory / "1/MANIFEST.json").read_text())["files"]
+  assert files - listed.keys() == {
+    "MANIFEST.json",
+    "_CHECKPOINT_METADATA",
+    "commit_success.txt",
+  }
+  assert {"metrics/metrics", "progress/metadata", "config/metadata"} <= files
+
+
+def test_a_checkpoint_of_before_there_were_manifests_is_trusted(
+  directory, config, monkeypatch
+):
+  with monkeypatch.context() as patch:
+    patch.setattr(manifest, "write", lambda step: None)
+    patch.setattr(manifest, "MARK", {})
+    with Checkpoints(directory, config=CheckpointConfig()) as saved:
+      _save(saved, 1, config)
+  with Checkpoints(directory, config=CheckpointConfig()) as saved:
+    assert saved.latest_step == 1
+    _save(saved, 2, config)
+  # A step that should have a manifest is not taken for one of those.
+  (directory / "2/MANIFEST.json").unlink()
+  with Checkpoints(directory, config=CheckpointConfig()) as saved:
+    assert saved.latest_step == 1
+
+
+def test_a_save_that_fails_for_another_reason_is_a_fault(
+  directory, config, monkeypatch
+):
+  def fail(step):
+    raise PermissionError(13, "Permission denied", "file")
+
+  monkeypatch.setattr(manifest, "write", fail)
+  with pytest.raises(PermissionError):
+    with Checkpoints(directory, config=CheckpointConfig()) as saved:
+      _save(saved, 1, config)
+      for _ in range(1000):
+        saved.check()
+        time.sleep(0.01)
 
 
 # Saves step 1 whole, then is killed as soon as step 2 stands half-written.

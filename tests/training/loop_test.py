@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
+import time
 from typing import Any
 
 import jax
@@ -277,11 +279,26 @@ def test_a_finished_run_only_reads_its_result(tiny, unbroken):
 
 def test_seconds_are_carried_through_a_stop(tiny, tmp_path):
   job = tiny.job(tmp_path)
+  begun = time.perf_counter()
   with pytest.raises(Interrupted):
     train(_meddled(job, _signal_at(4)))
   first = read_rows(job.workdir / "metrics.jsonl")[-1]
   assert first["step"] == 4
-  train(job)
+  progress = json.loads(
+    (job.workdir / "checkpoints/4/progress/metadata").read_text()
+  )
+  # All of this start up to its checkpoint, and of the next.
+  before = progress["spent_s"]
+  assert before["compile"] > 0 and before["data_wait"] > 0
+  saved = time.perf_counter() - begun
+  assert first["wall_s"] < sum(before.values()) < saved
+  again = time.perf_counter()
+  spent = train(job).spent_s
+  assert all(spent[part] >= before[part] for part in before)
+  assert spent["restore"] > before["restore"]
+  now = sum(spent.values()) - sum(before.values())
+  # What is left is the closing of files.
+  assert 0 <= time.perf_counter() - again - now < 2
   seconds = [r["wall_s"] for r in read_rows(job.workdir / "metrics.jsonl")]
   assert len(seconds) == 3 and seconds == sorted(seconds)
 

@@ -1,0 +1,30 @@
+"""Errors that say that nothing more can be written, whoever raises them."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+# No space, a quota, and the largest size of a file (RLIMIT_FSIZE).
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def why_full(error: BaseException) -> str | None:
+  """Why nothing more could be written, if that is what an error comes from.
+
+  Args:
+    error: an OSError, or an error of TensorStore, which has the system's words
+      in its message; or raised from one.
+
+  Returns:
+    The system's words, or None.
+  """
+  seen: BaseException | None = error
+  while seen is not None:
+    for number in _FULL:
+      words = os.strerror(number)
+      is_of_system = isinstance(seen, OSError) and seen.errno == number
+      if is_of_system or f"{words} [os_error_code='{number}']" in str(seen):
+        return words
+    seen = seen.__cause__ or seen.__context__
+  return None

@@ -1,0 +1,60 @@
+"""Shows where a run hangs: at a collective that waits, a disk, a lock.
+
+The stacks are written by a thread that holds Python's lock. Without it, as
+faulthandler.dump_traceback_later does it, a run that goes on while its stacks
+are read can crash.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import threading
+import time
+
+_STDERR = 2  # not a Python stream: whoever holds its lock may be what hangs
+
+
+class Watchdog:
+  """Writes the stacks of all threads after every `silence_s` without a sign.
+
+  A context manager. The run goes on; what to do is for people to decide.
+
+  Args:
+    silence_s: seconds; 0 is never.
+  """
+
+  def __init__(self, silence_s: float):
+    self._silence_s = silence_s
+    self._due = 0.0  # of time.monotonic()
+    self._ended = threading.Event()
+    self._thread: threading.Thread | None = None
+
+  def rearm(self) -> None:
+    """A sign of life: the silence begins anew."""
+    self._due = time.monotonic() + self._silence_s
+
+  def _watch(self) -> None:
+    while not self._ended.wait(max(0.0, self._due - time.monotonic())):
+      if time.monotonic() >= self._due:
+        self._show()
+        self.rearm()
+
+  def _show(self) -> None:
+    line = f"\nno step for {self._silence_s:g} s; the run goes on; its threads:"
+    os.write(_STDERR, f"{line}\n".encode())
+    faulthandler.dump_traceback(_STDERR, all_threads=True)
+
+  def __enter__(self) -> Watchdog:
+    self.rearm()
+    if self._silence_s:
+      self._thread = threading.Thread(
+        target=self._watch, name="watchdog", daemon=True
+      )
+      self._thread.start()
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._ended.set()
+    if self._thread is not None:
+      self._thread.join()
