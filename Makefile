@@ -6,6 +6,7 @@
 PYTHON ?= python3
 WORKDIR ?= runs/quickstart
 TEST_WORKERS ?= logical
+KILLS ?= 50
 PYTEST_FLAGS ?=
 
 VENV := .venv
@@ -21,7 +22,7 @@ RUN := "$(BIN)" -m aquila_jax.cli.efficient_scale
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart smoke smollm2 smollm2-exact smollm2-trained \
-  reproduce-scale-up reproduce-scale-out test parity tpu gpu lint format typecheck clean
+  reproduce-scale-up reproduce-scale-out test torture parity tpu gpu lint format typecheck clean
 
 help:
 	@echo "make quickstart   install, fetch the text, run EfficientScale, report"
@@ -31,6 +32,7 @@ help:
 	  "hours"
 	@echo "make reproduce-scale-out  what upcycling buys, in small: hours"
 	@echo "make test         install and run every test"
+	@echo "make torture      kill -9 a run KILLS=50 times: the bits of one never stopped"
 	@echo "make parity       our models against those of transformers, with torch"
 	@echo "make tpu          kernels through the TPU's compiler, which needs no TPU"
 	@echo "make gpu          kernels through Triton's, which needs no GPU"
@@ -102,6 +104,10 @@ reproduce-scale-out: $(VENV)/installed
 test: $(VENV)/installed-test
 	@"$(BIN)" -m pytest -q -n "$(TEST_WORKERS)" --maxprocesses 8 \
 	  --dist worksteal $(PYTEST_FLAGS)
+
+# Not part of the tests: half an hour on 2 idle cores.
+torture: $(VENV)/installed-test
+	@"$(BIN)" -m tests.torture --kills="$(KILLS)"
 
 # In an environment of its own: what tests run on has no torch. One thread a
 # process, because torch waits for its threads by spinning. Where pip's index has

@@ -146,6 +146,7 @@ def _show_own_log() -> None:
   handler = logging.get_absl_handler()
   handler.setFormatter(python_logging.Formatter("%(message)s"))
   handler.addFilter(_is_for_people)
+  python_logging.getLogger("asyncio").addFilter(_is_no_full_disk)
   if flags.FLAGS["verbosity"].using_default_value:
     logging.set_verbosity(logging.INFO)
 
@@ -157,6 +158,12 @@ def _is_for_people(record: python_logging.LogRecord) -> bool:
     # It warns of what is as it should be, and logs what it also raises.
     return record.levelno >= python_logging.ERROR and not record.exc_info
   return record.levelno >= python_logging.WARNING
+
+
+def _is_no_full_disk(record: python_logging.LogRecord) -> bool:
+  """Of the writes of a checkpoint that fail, Orbax raises the first."""
+  error = record.exc_info[1] if record.exc_info else None
+  return error is None or disk.why_full(error) is None
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

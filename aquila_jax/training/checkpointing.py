@@ -12,14 +12,16 @@
     STEP/        a step that was not as it was saved
 
 A step is written beside its place by a background thread and renamed into it,
-so a killed run leaves whole steps and at most one temporary directory, which
-the next start removes. A start verifies every step by its manifest.
+and what is no longer kept is renamed before it is removed: a killed run leaves
+whole steps, and what the next start removes. It verifies every step by its
+manifest.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -39,6 +41,9 @@ from aquila_jax.core.types import TrainState
 from aquila_jax.training import manifest
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
+# Steps that are no longer kept are renamed into it before they are removed, so
+# that a kill in between leaves no half of one.
+_REMOVED = "removed"
 _TRIES = 20  # to remove what may still be written
 # Of a TrainConfig: what may change between two starts of a run, since it does
 # not change a single bit of the parameters.
@@ -93,7 +98,9 @@ class Checkpoints:
 
   def __init__(self, directory: epath.Path, *, config: CheckpointConfig):
     self.directory = directory
-    self._step: int | None = None  # is being saved
+    self._step: int | None = None  # is being saved, or was last
+    self._is_checked = True  # the save of that step
+    self._remover: threading.Thread | None = None
     if jax.process_index() == 0:
       directory.mkdir(parents=True, exist_ok=True)
       _remove_unfinished(directory)
@@ -105,6 +112,7 @@ class Checkpoints:
         preservation_policy=_preservation(config),
         best_fn=_validation_loss,
         best_mode="min",
+        todelete_subdir=_REMOVED,
         async_options=ocp.AsyncOptions(
           post_finalization_callback=self._write_manifest
         ),
@@ -145,7 +153,8 @@ class Checkpoints:
       validation: with the key `loss`, if the step was validated.
     """
     self.wait()
-    self._step = step
+    self._join_remover()
+    self._step, self._is_checked = step, False
     with self._named_if_full():
       self._manager.save(
         step,
@@ -207,7 +216,7 @@ class Checkpoints:
     Raises:
       errors.DiskFull: where there was no room for it.
     """
-    if not self._manager.is_saving_in_progress():
+    if not self._is_checked and not self._manager.is_saving_in_progress():
       self.wait()
 
   def wait(self) -> None:
@@ -218,6 +227,16 @@ class Checkpoints:
     """
     with self._named_if_full():
       self._manager.wait_until_finished()
+    self._is_checked = True
+    removed = self.directory / _REMOVED
+    if self._remover is None and jax.process_index() == 0 and removed.exists():
+      self._remover = threading.Thread(target=removed.rmtree, name="remover")
+      self._remover.start()
+
+  def _join_remover(self) -> None:
+    if self._remover is not None:
+      self._remover.join()
+      self._remover = None
 
   def _write_manifest(self) -> None:
     """Called in the background, when the files of a step are written."""
@@ -238,6 +257,7 @@ class Checkpoints:
       if reason is None:
         raise
       _remove_failed(self.directory)
+      self._manager.reload()  # it has forgotten what this step was to replace
       raise errors.DiskFull(
         f"{self.directory}: step {self._step} could not be saved: {reason};"
         f" {self.last_good}; free some space, and the same command goes on"
@@ -259,8 +279,9 @@ class Checkpoints:
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     # A second Ctrl-C stops at once; the next start removes what is half done.
     if kind is None or not issubclass(kind, KeyboardInterrupt):
-      with self._named_if_full():
-        self._manager.close()
+      self.wait()
+      self._join_remover()
+      self._manager.close()
 
 
 def saved_config(
@@ -304,11 +325,13 @@ def check_same(
 
 def _remove_unfinished(directory: epath.Path) -> None:
   for child in directory.iterdir():
-    is_step = child.name.isdigit()
-    if _TEMPORARY in child.name or (
-      is_step and not ocp.utils.is_checkpoint_finalized(child)
+    if (
+      _TEMPORARY in child.name
+      or child.name == _REMOVED
+      or child.name.isdigit()
+      and not ocp.utils.is_checkpoint_finalized(child)
     ):
-      logging.info("removing %s, which was never whole", child)
+      logging.info("removing %s, which is not whole", child)
       child.rmtree()
 
 

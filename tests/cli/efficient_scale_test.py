@@ -6,47 +6,9 @@ import json
 import pathlib
 import signal
 import time
-from typing import Any
 
-from etils import epath
-
-from aquila_jax.training.metrics import read_rows
-from tests.cli.commands import SMOKE, Commands, Ended, ended, names, succeeded
-
-STAGES = ("dense", "scale_up", "scale_out", "control")
-STEPS = {"dense": 11, "scale_up": 13, "scale_out": 7}
-# Rows of three steps, so that many of them span a stop.
-LOG_EVERY, SAVE_EVERY, VALIDATE_EVERY = 3, 2, 4
-
-OVERRIDES = (
-  *(f"--config.stages.{name}.train.steps={n}" for name, n in STEPS.items()),
-  *(
-    f"--config.stages.{name}.train.{field}={value}"
-    for name in STAGES
-    for field, value in (
-      ("log_every", LOG_EVERY),
-      ("evaluate_every", VALIDATE_EVERY),
-      ("checkpoint.every_steps", SAVE_EVERY),
-      ("optimizer.warmup_steps", 1),
-      # So that the mixture and its control are one program.
-      ("optimizer.schedule", "constant"),
-    )
-  ),
-  "--config.stages.scale_up.init.compare=()",
-  "--config.evaluation.prompts=()",
-)
-# Of a row: the clock's.
-TIMES = {"wall_s", "tokens_per_s", "mfu", "data_wait_share"}
-
-
-def _command(workdir: pathlib.Path, *more: str) -> tuple[str, ...]:
-  return (
-    "efficient_scale",
-    SMOKE,
-    f"--workdir={workdir}",
-    *OVERRIDES,
-    *more,
-  )
+from tests.cli.commands import Commands, Ended, ended, names, succeeded
+from tests.cli.short_run import STAGES, assert_same_run, command, files
 
 
 def _saved_steps(stage: pathlib.Path) -> set[int]:
@@ -73,7 +35,7 @@ def _stop(
   """
   directory = workdir / "stages" / stage
   before = _saved_steps(directory)
-  with commands.start(*_command(workdir)) as process:
+  with commands.start(*command(workdir)) as process:
     while not _saved_steps(directory) - before:
       assert process.poll() is None, process.communicate()
       time.sleep(0.005)
@@ -83,50 +45,11 @@ def _stop(
   return one, max(_saved_steps(directory))
 
 
-def _files(directory: pathlib.Path) -> dict[str, bytes]:
-  return {
-    str(path.relative_to(directory)): path.read_bytes()
-    for path in sorted(directory.rglob("*"))
-    if path.is_file()
-  }
-
-
-def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
-  """What does not depend on the clock."""
-  rows = read_rows(epath.Path(path))
-  return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
-
-
-def _last_step(stage: pathlib.Path) -> int:
-  step = _rows(stage / "metrics.jsonl")[-1]["step"]
-  assert isinstance(step, int)
-  return step
-
-
-def _assert_same_run(found: pathlib.Path, expected: pathlib.Path) -> None:
-  for name in STAGES:
-    one, other = found / "stages" / name, expected / "stages" / name
-    # Parameters, moments, lineage and tokenizer.
-    assert _files(one / "model") == _files(other / "model"), name
-    for file in ("metrics.jsonl", "validation.jsonl"):
-      assert _rows(one / file) == _rows(other / file), (name, file)
-    for file in ("stage.json", "evaluation.json"):
-      assert (one / file).read_bytes() == (other / file).read_bytes()
-    total = STEPS.get(name, _last_step(other))
-    steps = [row["step"] for row in _rows(one / "metrics.jsonl")]
-    due = range(1, total + 1)
-    assert steps == [s for s in due if s % LOG_EVERY == 0 or s == total]
-    validated = [row["step"] for row in _rows(one / "validation.jsonl")]
-    assert validated == [
-      s for s in due if s % VALIDATE_EVERY == 0 or s == total
-    ]
-
-
 def test_stopped_in_every_stage_it_gives_the_bits_of_an_unbroken_run(
   quick, tmp_path
 ):
   unbroken, workdir = tmp_path / "unbroken", tmp_path / "broken"
-  expected = succeeded(quick.run(*_command(unbroken)))
+  expected = succeeded(quick.run(*command(unbroken)))
 
   going_on = ""
   for stage, number in (
@@ -149,11 +72,11 @@ def test_stopped_in_every_stage_it_gives_the_bits_of_an_unbroken_run(
     assert one.out == ""
     going_on = f"\n{stage}: going on from step {step}\n"
 
-  finished = succeeded(quick.run(*_command(workdir)))
+  finished = succeeded(quick.run(*command(workdir)))
   assert going_on in finished.err
   for stage in STAGES[:-1]:
     assert f"\n{stage}: done\n" in finished.err
-  _assert_same_run(workdir, unbroken)
+  assert_same_run(workdir, unbroken)
 
   # What is shown is the same but for seconds, and where the report lies.
   for one, directory in ((expected, unbroken), (finished, workdir)):
@@ -179,22 +102,22 @@ def test_stopped_in_every_stage_it_gives_the_bits_of_an_unbroken_run(
 def _assert_nothing_is_done_again(
   commands: Commands, workdir: pathlib.Path, finished: Ended
 ) -> None:
-  before = _files(workdir / "stages")
-  again = succeeded(commands.run(*_command(workdir)))
+  before = files(workdir / "stages")
+  again = succeeded(commands.run(*command(workdir)))
   assert again.out == finished.out
   assert "compil" not in again.err
   assert again.last_line == (
     "every stage was done before; this is what they gave"
   )
-  assert _files(workdir / "stages") == before
+  assert files(workdir / "stages") == before
 
 
 def _assert_changes_are_refused(
   commands: Commands, workdir: pathlib.Path
 ) -> None:
-  before = _files(workdir)
+  before = files(workdir)
   changed = commands.run(
-    *_command(workdir, "--config.stages.dense.train.batch_size=16")
+    *command(workdir, "--config.stages.dense.train.batch_size=16")
   )
   assert (changed.code, changed.out) == (2, "")
   assert changed.last_line == (
@@ -205,10 +128,10 @@ def _assert_changes_are_refused(
   commands.assert_refused(
     {
       "a typo": (
-        _command(workdir, "--config.stages.dense.train.bach_size=16"),
+        command(workdir, "--config.stages.dense.train.bach_size=16"),
         "config.stages.dense.train.bach_size=16 is not a field of"
         " config.stages.dense.train; did you mean 'batch_size'?",
       )
     }
   )
-  assert _files(workdir) == before
+  assert files(workdir) == before

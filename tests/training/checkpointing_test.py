@@ -149,8 +149,8 @@ def test_the_last_and_the_best_are_kept(
     for step in range(4, 7):
       _save(saved, step, config, losses.get(step))
     saved.wait()
-    found = sorted(int(p.name) for p in directory.iterdir())
-    assert found == kept
+    names = {p.name for p in directory.iterdir()} - {"removed"}
+    assert sorted(map(int, names)) == kept
     assert saved.losses == {s: losses[s] for s in kept if s in losses}
 
 
@@ -256,6 +256,26 @@ def test_damaged_steps_are_neither_restored_nor_among_the_best(
     assert saved.latest_step == 3
   aside = directory.parent / "damaged_checkpoints"
   assert sorted(p.name for p in aside.iterdir()) == ["1", "4", "4.2"]
+
+
+def test_a_kill_while_a_step_is_removed_leaves_no_damaged_one(
+  directory, config, monkeypatch
+):
+  def killed(self):
+    next(iter(self.glob("*/progress"))).rename(self / "half")
+
+  rules = CheckpointConfig(keep_last=1)
+  with monkeypatch.context() as patch:
+    with Checkpoints(directory, config=rules) as saved:
+      _save(saved, 1, config)
+      saved.wait()
+      patch.setattr(type(directory), "rmtree", killed)
+      _save(saved, 2, config)
+  assert sorted(p.name for p in directory.iterdir()) == ["2", "removed"]
+  with Checkpoints(directory, config=rules) as saved:
+    assert saved.latest_step == 2
+  assert [p.name for p in directory.iterdir()] == ["2"]
+  assert not (directory.parent / "damaged_checkpoints").exists()
 
 
 def test_every_file_of_a_step_is_in_its_manifest(directory, config):
