@@ -6,6 +6,7 @@ what needs 8 of them fails there, and float32 is computed in full.
 
 from __future__ import annotations
 
+import gc
 import os
 from importlib import metadata
 
@@ -45,6 +46,10 @@ if os.environ["JAX_PLATFORMS"] != "cpu":
   # By default products of float32 are of TF32 on GPUs, of bfloat16 on TPUs.
   jax.config.update("jax_default_matmul_precision", "highest")
 
+# No frames of Python beside every operation that is lowered; nobody reads them.
+jax.config.update("jax_include_full_tracebacks_in_locations", False)
+jax.config.update("jax_traceback_in_locations_limit", 0)
+
 # Shapes in annotations are checked at every call while tests run.
 install_import_hook("aquila_jax", "beartype.beartype")
 
@@ -59,3 +64,16 @@ def compilation_cache(tmp_path_factory):
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
   yield
   jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rare_collections():
+  """What is imported is not searched for garbage, the rest seldom."""
+  # A twentieth of the time went there: traces make millions of objects, and
+  # few of them are in cycles.
+  before = gc.get_threshold()
+  gc.freeze()
+  gc.set_threshold(50_000, 5, 3)
+  yield
+  gc.set_threshold(*before)
+  gc.unfreeze()

@@ -210,7 +210,8 @@ def read_tree(directory: epath.Path, like: Any) -> Any:
   reads = {k: reader.start(".".join(k)) for k in keys}
   return traverse_util.unflatten_dict(
     {
-      k: jnp.asarray(reader.finish(".".join(k), read))
+      # jnp.asarray would compile a program for each shape.
+      k: jax.device_put(reader.finish(".".join(k), read))
       for k, read in reads.items()
     }
   )

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -201,23 +202,38 @@ def declare(
   Raises:
     ValueError: when called with a shape of another rank than `axes`.
   """
+  return functools.partial(
+    _declared,
+    init=init,
+    axes=axes,
+    is_norm_scale=is_norm_scale,
+    is_selection_bias=is_selection_bias,
+  )
 
-  def init_declared(
-    key: jax.Array, shape: Sequence[int], dtype: Any
-  ) -> Declared:
-    if len(shape) != len(axes):
-      raise ValueError(
-        f"shape {tuple(shape)} has {len(shape)} dimensions, declared axes are"
-        f" ({', '.join(map(str, axes))})"
-      )
-    return Declared(
-      value=init(key, shape, dtype),
-      axes=tuple(axes),
-      is_norm_scale=is_norm_scale,
-      is_selection_bias=is_selection_bias,
+
+# Not a closure of `declare`: types are checked while tests run, by a wrapper
+# that would be compiled anew for every parameter of every model.
+def _declared(
+  key: jax.Array,
+  shape: Sequence[int],
+  dtype: Any,
+  *,
+  init: Initializer,
+  axes: Sequence[Axis],
+  is_norm_scale: bool,
+  is_selection_bias: bool,
+) -> Declared:
+  if len(shape) != len(axes):
+    raise ValueError(
+      f"shape {tuple(shape)} has {len(shape)} dimensions, declared axes are"
+      f" ({', '.join(map(str, axes))})"
     )
-
-  return init_declared
+  return Declared(
+    value=init(key, shape, dtype),
+    axes=tuple(axes),
+    is_norm_scale=is_norm_scale,
+    is_selection_bias=is_selection_bias,
+  )
 
 
 def _is_declared(node: Any) -> bool:

@@ -51,7 +51,17 @@ class ArrayTree:
     self._leaves: dict[str, Any] = traverse_util.flatten_dict(tree, sep=".")
 
   def read(self, name: str, *, index: Index = ()) -> np.ndarray:
-    return np.asarray(self._leaves[name][index])
+    leaf = self._leaves[name]
+    if isinstance(leaf, jax.Array) and _is_on_host(leaf):
+      # A view: indexed by JAX, every slice would be a program to compile.
+      leaf = np.asarray(leaf)
+    return np.asarray(leaf[index])
+
+
+def _is_on_host(leaf: jax.Array) -> bool:
+  """Whether NumPy can look at it without a copy."""
+  devices = leaf.devices()
+  return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
 def leaf_name(path: Any) -> str:
@@ -287,19 +297,17 @@ def _whole(tree: Tree, name: str, spec: LeafSpec) -> jax.Array:
   filled = np.empty(spec.shape, spec.dtype)
   for index in slices(spec):
     filled[index] = tree.read(name, index=index)
-  return jnp.asarray(filled)
+  # jnp.asarray would compile a program for the shape.
+  return jax.device_put(filled)
 
 
 def _sharded(
   tree: Tree, name: str, spec: LeafSpec, sharding: jax.sharding.NamedSharding
 ) -> jax.Array:
-  zeros = jax.jit(
-    lambda: jnp.zeros(spec.shape, spec.dtype), out_shardings=sharding
-  )
   update = jax.jit(
     jax.lax.dynamic_update_slice, donate_argnums=0, out_shardings=sharding
   )
-  filled = zeros()
+  filled = jnp.zeros(spec.shape, spec.dtype, device=sharding)
   for index in slices(spec):
     part = tree.read(name, index=index)
     # The slice lies over the mesh as the leaf does, so that no device gets

@@ -169,10 +169,12 @@ class DecoderLM(nn.Module):
       `list_layers`, instead of in a scan over stacked ones. A scan is compiled
       in the time of one layer, but copies each layer's parameters out of the
       stack: nothing beside the work on many tokens, much beside that on one.
+    only_shapes: nobody asks for the numbers that `init` draws.
   """
 
   config: ModelConfig
   listed: bool = False
+  only_shapes: bool = False
 
   @nn.compact
   def __call__(
@@ -251,6 +253,7 @@ class DecoderLM(nn.Module):
       length=self.config.num_layers,
       unroll=1 if self.config.scan_layers else self.config.num_layers,
       metadata_params={nn.meta.PARTITION_NAME: "layer"},
+      check_constancy_invariants=self._draws(),
     )(self.config, name="layers")
     x, (routing, cache) = layers(
       x, cache, positions, segments, masks.layers, masks, groups
@@ -268,7 +271,10 @@ class DecoderLM(nn.Module):
     groups: Float[Array, "B T I"] | None,
   ) -> tuple[Float[Array, "B T D"], RoutingStats, KVCache | None]:
     layers: Any = mixed_layers(
-      self.config, self._block(), initializing=self.is_initializing()
+      self.config,
+      self._block(),
+      initializing=self.is_initializing(),
+      draws=self._draws(),
     )
     return layers(x, cache, positions, segments, masks, groups)
 
@@ -308,6 +314,15 @@ class DecoderLM(nn.Module):
       value=tuple(one.value for one in caches),
     )
     return x, routing, ListedCache(**vars(grown))
+
+  def _draws(self) -> bool:
+    """Whether layers draw numbers that are used.
+
+    Flax's scan by default traces a layer a first time to see what is constant,
+    and nothing is; but the numbers of a seed are those of the second trace.
+    """
+    has_rng = self.has_rng("params") or self.has_rng(router.RNG)
+    return has_rng and not self.only_shapes
 
   def _block(self) -> Any:
     if self.config.remat == "none":
@@ -407,9 +422,11 @@ def make_cache(
   )
 
 
-def _init_declared(config: ModelConfig, key: jax.Array) -> Any:
+def _init_declared(
+  config: ModelConfig, key: jax.Array, *, only_shapes: bool = False
+) -> Any:
   row = jnp.ones((1, 2), jnp.int32)
-  model = DecoderLM(config)
+  model = DecoderLM(config, only_shapes=only_shapes)
   variables = model.init(key, row, positions=row, segments=row)
   return variables["params"]
 
@@ -422,7 +439,8 @@ def init_params(config: ModelConfig, *, key: jax.Array) -> Params:
 @functools.cache
 def _abstract(config: ModelConfig) -> tuple[Any, Any]:
   boxed = jax.eval_shape(
-    functools.partial(_init_declared, config), jax.random.key(0)
+    functools.partial(_init_declared, config, only_shapes=True),
+    jax.random.key(0),
   )
   return axes.split_declared(boxed)
 

@@ -34,7 +34,7 @@ from aquila_jax.models.layer_runs import DENSE, EXPERTS, Run
 
 
 def mixed_layers(
-  config: ModelConfig, block: Any, *, initializing: bool
+  config: ModelConfig, block: Any, *, initializing: bool, draws: bool
 ) -> nn.Module:
   """The module, named `layers`, with the parameters of the stack.
 
@@ -42,6 +42,7 @@ def mixed_layers(
     config: of the decoder.
     block: the class of a layer.
     initializing: whether parameters are made.
+    draws: whether layers draw numbers that are used.
 
   Returns:
     A module to call as `_MixedLayers`.
@@ -56,7 +57,7 @@ def mixed_layers(
     ),
     init=initializing,
   )
-  return mapped(config, block, name="layers")
+  return mapped(config, block, draws, name="layers")
 
 
 def stack_captured(captured: Any, config: ModelConfig) -> Any:
@@ -110,6 +111,7 @@ class _MixedLayers(nn.Module):
 
   config: ModelConfig
   block: Any
+  draws: bool
 
   @nn.compact
   def __call__(
@@ -137,6 +139,7 @@ class _MixedLayers(nn.Module):
         length=run.repeats,
         unroll=1 if self.config.scan_layers else run.repeats,
         metadata_params={nn.meta.PARTITION_NAME: "layer"},
+        check_constancy_invariants=self.draws,
       )(self.config, self.block, run.kinds, name=layer_runs.run_name(r))
       x, (routing, grown) = scanned(
         x, rows(cache), positions, segments, rows(masks.layers), masks, groups

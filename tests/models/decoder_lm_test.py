@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,7 @@ from aquila_jax.core.model_config import (
   MoeConfig,
 )
 from aquila_jax.layers import rotary
+from aquila_jax.layers.attention import Attention
 from aquila_jax.models import decoder_lm
 
 DENSE = ModelConfig(
@@ -412,6 +414,40 @@ def test_abstract_parameters_are_those_that_init_makes(config):
   assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {
     jnp.dtype("bfloat16")
   }
+
+
+@pytest.mark.parametrize("layers", ["all", (0,)], ids=["alike", "mixed"])
+def test_a_layer_is_traced_once_for_its_shapes_and_where_it_draws_nothing(
+  layers,
+):
+  moe = MoeConfig(num_experts=3, block_size=4, layers=layers)
+  # Of a vocabulary that no other test has: shapes are kept.
+  config = dataclasses.replace(DENSE, moe=moe, vocab_size=12)
+  traced = 0
+
+  def count(function, arguments, keywords, context):
+    nonlocal traced
+    is_call = context.method_name == "__call__"
+    traced += isinstance(context.module, Attention) and is_call
+    return function(*arguments, **keywords)
+
+  kinds = 1 if layers == "all" else 2
+  row = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+  with nn.intercept_methods(count):
+    params = decoder_lm.abstract_params(config)
+    # What is mapped is called once more where it is initialised.
+    assert traced == kinds * (1 if layers == "all" else 2)
+    traced = 0
+    jax.eval_shape(_apply(config), params, row)
+    assert traced == kinds
+
+
+def _apply(config: ModelConfig):
+  def apply(params, row):
+    model = decoder_lm.DecoderLM(config)
+    return model.apply({"params": params}, row, positions=row, segments=row)
+
+  return apply
 
 
 def test_init_has_the_deviation_asked_for_and_differs_by_layer():

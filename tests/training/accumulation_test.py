@@ -57,6 +57,12 @@ def _batch(tiny):
   )
 
 
+@functools.cache
+def _params(model):
+  init = functools.partial(decoder_lm.init_params, model)
+  return jax.jit(init)(key=jax.random.key(0))
+
+
 def _gradient(tiny, model, *, count, devices=1, **loss):
   """Gradients and terms of step 3, compiled for so many devices."""
   config = tiny.config(
@@ -65,7 +71,7 @@ def _gradient(tiny, model, *, count, devices=1, **loss):
     loss=dataclasses.replace(LOSS, **loss),
   )
   mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
-  params = decoder_lm.init_params(model, key=jax.random.key(0))
+  params = _params(model)
   axes = decoder_lm.parameter_axes(model)
   params = jax.device_put(params, param_shardings(axes, params, mesh))
   batch = jax.device_put(_batch(tiny), batch_sharding(mesh))
@@ -128,7 +134,7 @@ def test_noise_is_of_the_seed_the_step_the_layer_and_the_microbatch(tiny):
   # Layers that are equal, of a residual that they leave alone: the load of each
   # differs by its noise.
   model = _model(tiny, logit_noise=3.0)
-  params = decoder_lm.init_params(model, key=jax.random.key(0))
+  params = _params(model)
   layers = jax.tree.map(lambda leaf: leaf.at[1].set(leaf[0]), params["layers"])
   for part, name in (("attention", "out_kernel"), ("mlp", "down_kernel")):
     layers[part][name] = jnp.zeros_like(layers[part][name])
