@@ -54,6 +54,7 @@ def _torture(folder: pathlib.Path, kills: int, moments: random.Random) -> None:
     resumed.update(_GOING_ON.findall(said))
     if killed:
       done += 1
+      print(f"kill {done} of {kills}", flush=True)
       continue
     ends += 1
     _compare(broken, unbroken)
