@@ -22,7 +22,7 @@ VERBS = sorted(
 )
 
 
-def test_there_are_thirteen_verbs():
+def test_there_are_fourteen_verbs():
   assert VERBS == [
     "compare_hf",
     "count",
@@ -33,6 +33,7 @@ def test_there_are_thirteen_verbs():
     "generate",
     "import_hf",
     "inspect_routing",
+    "plan",
     "prepare_data",
     "scale_out",
     "scale_up",
@@ -46,7 +47,7 @@ def test_help_of_every_verb_names_its_flags_and_ends_with_0(commands):
     "compare_hf": "model reference text text_file continue_tokens tolerance"
     " [no]trace output",
     "count": "config stage",
-    "efficient_scale": "config workdir",
+    "efficient_scale": "config workdir [no]explain_sharding",
     "evaluate": "model data output split language text_field batch_size"
     " sequence_length max_tokens tasks num_fewshot limit include_path samples"
     " dtype",
@@ -57,6 +58,7 @@ def test_help_of_every_verb_names_its_flags_and_ends_with_0(commands):
     "import_hf": "source output param_dtype tokenizer",
     "inspect_routing": "model data text output [no]json parent split language"
     " max_tokens batch_size sequence_length dead min_count typical",
+    "plan": "config stage topology tokens output",
     "prepare_data": "config output",
     "scale_out": "config stage source sources output num_experts top_k"
     " moe_layers target method redraw redraw_units noise noise_share"
@@ -65,7 +67,8 @@ def test_help_of_every_verb_names_its_flags_and_ends_with_0(commands):
     "scale_up": "config stage target source output method depth layers"
     " width_map maps aki_residual split_noise optimizer tokenizer seed"
     " [no]check check_file check_tokens [no]dry_run",
-    "train": "config stage workdir init_from profile_steps [no]save_optimizer",
+    "train": "config stage workdir init_from profile_steps [no]save_optimizer"
+    " [no]explain_sharding",
   }
   for verb, one in zip(VERBS, found, strict=True):
     assert (one.code, one.err) == (0, ""), verb
