@@ -9,6 +9,7 @@ from aquila_jax.core import config as config_lib
 from aquila_jax.core.experiment_config import MeshConfig
 from aquila_jax.core.model_config import ModelConfig, MoeConfig
 from aquila_jax.layers.moe import expert_parallel
+from aquila_jax.pipeline.planned import grouped_steps
 from aquila_jax.planning import counting, tpu_program
 from experiments.configs import aquila_8x16b
 
@@ -84,10 +85,8 @@ def cases() -> list[Case]:
 
 
 def steps(model: ModelConfig) -> int:
-  """Of a kernel over groups of rows in tiles of 512, at most."""
-  assert model.moe is not None
-  rows = ROWS * TOKENS * model.moe.top_k
-  return rows // 512 + model.moe.num_experts - 1
+  """Of a kernel over groups of rows, at most, of all experts."""
+  return grouped_steps(model, num_tokens=ROWS * TOKENS)
 
 
 def row_of(

@@ -56,17 +56,13 @@ def explain_sharding(experiment: ExperimentConfig, names: Sequence[str]) -> str:
   Raises:
     errors.UserError: where mesh, devices and models do not fit each other.
   """
-  mesh = make_mesh(experiment.mesh)
-  return "\n\n".join(
-    f"{name}\n"
-    + explain(
-      decoder_lm.parameter_axes(model),
-      decoder_lm.abstract_params(model),
-      mesh=mesh,
-    )
-    for name in names
-    if (model := experiment.stages[name].model)
-  )
+  mesh, tables = make_mesh(experiment.mesh), []
+  for name in names:
+    model = experiment.stages[name].model
+    axes = decoder_lm.parameter_axes(model)
+    shapes = decoder_lm.abstract_params(model)
+    tables.append(f"{name}\n{explain(axes, shapes, mesh=mesh)}")
+  return "\n\n".join(tables)
 
 
 def define_seed(meaning: str) -> flags.FlagHolder[int]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import jax
+from absl import logging
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,12 @@ def is_whole() -> bool:
   if mesh.empty:
     return jax.device_count() == 1
   return mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+  """A line of the log, of what was chosen: the first time only."""
+  logging.info(message)
 
 
 def num_cores(device_kind: str) -> int:

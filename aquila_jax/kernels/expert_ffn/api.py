@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Literal
 
 import jax.numpy as jnp
-from absl import logging
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -17,7 +15,7 @@ from aquila_jax.kernels.expert_ffn import (
   ragged,
   reference,
 )
-from aquila_jax.kernels.target import is_whole, target
+from aquila_jax.kernels.target import is_whole, say_once, target
 
 Implementation = Literal[
   "xla", "ragged_dot", "cpu_loop", "pallas_gpu", "pallas_tpu"
@@ -93,10 +91,5 @@ def platform_default(dtype: DTypeLike = jnp.float32) -> Implementation:
     name = "pallas_gpu"
   elif platform == "tpu" and whole and dtype in (jnp.float32, jnp.bfloat16):
     name = "pallas_tpu"
-  _say_once(f"expert_ffn: {name} on {platform}{'' if whole else 's'}")
+  say_once(f"expert_ffn: {name} on {platform}{'' if whole else 's'}")
   return name
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-  logging.info(message)

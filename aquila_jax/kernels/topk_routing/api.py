@@ -7,10 +7,9 @@ from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from jaxtyping import Array, Bool, Float
 
-from aquila_jax.kernels.target import is_whole, target
+from aquila_jax.kernels.target import is_whole, say_once, target
 from aquila_jax.kernels.topk_routing import pallas_gpu, pallas_tpu, reference
 from aquila_jax.kernels.topk_routing.rule import (
   Gradients,
@@ -130,7 +129,7 @@ def _backend(
     name = platform_default()
     reason = _BACKENDS[name].unsupported(*asked)
     if reason:
-      _say_once(f"topk_routing: xla in the place of {name}: {reason}")
+      say_once(f"topk_routing: xla in the place of {name}: {reason}")
       return _BACKENDS["xla"]
     return _BACKENDS[name]
   if isinstance(implementation, str):
@@ -180,10 +179,5 @@ def platform_default() -> Implementation:
   """
   platform, whole = target().platform, is_whole()
   name: Implementation = "pallas_tpu" if platform == "tpu" and whole else "xla"
-  _say_once(f"topk_routing: {name} on {platform}{'' if whole else 's'}")
+  say_once(f"topk_routing: {name} on {platform}{'' if whole else 's'}")
   return name
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-  logging.info(message)

@@ -17,13 +17,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from jaxtyping import Array, Float
 
 from aquila_jax.core import errors
 from aquila_jax.core.model_config import ExpertExchange, MoeConfig
 from aquila_jax.kernels.expert_ffn import api as expert_ffn
-from aquila_jax.kernels.target import target
+from aquila_jax.kernels.target import say_once, target
 from aquila_jax.layers.moe.dispatch import Rows, TokenDispatch
 from aquila_jax.layers.moe.exchanges import (
   EXCHANGES,
@@ -99,16 +98,11 @@ def _chosen(config: MoeConfig, group: Group, *, bytes_per_row: int) -> Exchange:
     f"{each} {way.sent(group) * bytes_per_row / 1e6:,.3g}"
     for each, way in EXCHANGES.items()
   )
-  _say_once(
+  say_once(
     f"experts over {group.axis}={group.size}: {name}; MB that a device sends in"
     f" a layer's forward pass: {sizes}"
   )
   return EXCHANGES[name]
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-  logging.info(message)
 
 
 def _at_once(
