@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from aquila_jax.core import errors
+from aquila_jax.core import errors, token_order
 from aquila_jax.core.experiment_config import TrainConfig
 from aquila_jax.core.types import Batch
 from aquila_jax.data import loader
 from aquila_jax.data.loader import DataState
 from aquila_jax.data.prepared import PreparedData
+from aquila_jax.sharding.mesh import BATCH_AXES, SEQUENCE_AXIS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,7 @@ def place(batch: Batch, *, like: Batch) -> Batch:
 
 
 def check_batch_divides(config: TrainConfig, *, like: Batch, path: str) -> None:
-  """Refuses a batch whose microbatches cannot be spread over the devices.
+  """Refuses a batch that cannot be spread over the devices.
 
   Args:
     config: with the batch size.
@@ -88,15 +90,12 @@ def check_batch_divides(config: TrainConfig, *, like: Batch, path: str) -> None:
     path: the dotted name of `config`, for messages.
 
   Raises:
-    errors.UserError: naming the nearest batch size that can.
+    errors.UserError: naming the nearest batch size or row length that can.
   """
   sharding = like.tokens.sharding
   assert isinstance(sharding, NamedSharding)
-  names = sharding.spec[0] if sharding.spec else None
-  names = names if isinstance(names, tuple) else (names,)
-  num_parts = 1
-  for name in names:
-    num_parts *= sharding.mesh.shape[name] if name else 1
+  sizes = sharding.mesh.shape
+  num_parts = math.prod(sizes[axis] for axis in BATCH_AXES)
   multiple = num_parts * config.num_microbatches
   if config.batch_size % multiple:
     nearest = max(round(config.batch_size / multiple), 1) * multiple
@@ -104,4 +103,13 @@ def check_batch_divides(config: TrainConfig, *, like: Batch, path: str) -> None:
       f"{path}.batch_size={config.batch_size}: expected a multiple of"
       f" {multiple}, {config.num_microbatches} microbatches spread over"
       f" {num_parts} devices; the nearest is {nearest}"
+    )
+  length, token_parts = config.sequence_length, sizes[SEQUENCE_AXIS]
+  if token_parts > 1 and not token_order.divides(length, token_parts):
+    multiple = 2 * token_parts
+    nearest = max(round(length / multiple), 1) * multiple
+    raise errors.UserError(
+      f"{path}.sequence_length={length}: expected a multiple of {multiple}, two"
+      f" chunks for each of config.mesh.sequence={token_parts}; the nearest is"
+      f" {nearest}"
     )

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from aquila_jax.core import token_order
 from aquila_jax.core.errors import UserError
 from aquila_jax.core.experiment_config import MeshConfig
 from aquila_jax.core.model_config import MoeConfig
@@ -23,14 +24,18 @@ from aquila_jax.layers.moe.exchanges import Group
 from aquila_jax.layers.moe.mixture import mixture
 from aquila_jax.layers.moe.router import Affinity
 from aquila_jax.sharding.mesh import BATCH_AXES, make_mesh
+from aquila_jax.sharding.rules import GATHERED
 
-ROWS, TOKENS, WIDTH, HIDDEN, EXPERTS = 8, 6, 16, 24, 8
+ROWS, TOKENS, WIDTH, HIDDEN, EXPERTS = 8, 8, 16, 24, 8
 EXCHANGES = ("ragged_all_to_all", "all_to_all", "all_gather")
 MESHES = {
   "expert 8": MeshConfig(data=1, expert=8),
   "expert 4": MeshConfig(data=2, expert=4),
   "expert 2": MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+  "sequence 2": MeshConfig(data=1, fsdp=2, expert=2, sequence=2),
+  "sequence 4": MeshConfig(data=2, sequence=4),
 }
+EXPERT_MESHES = [name for name, mesh in MESHES.items() if mesh.expert > 1]
 
 
 def _emulated(rows, out, in_offset, sizes, out_offset, received, *, axis_name):
@@ -134,20 +139,30 @@ def _on_mesh(config: MoeConfig, mesh_name: str):
     rows,
     rows,
     (
-      place(P("expert", "fsdp", "tensor")),
-      place(P("expert", "fsdp", "tensor")),
-      place(P("expert", "tensor", "fsdp")),
+      place(P("expert", GATHERED, "tensor")),
+      place(P("expert", GATHERED, "tensor")),
+      place(P("expert", "tensor", GATHERED)),
     ),
     rows,
     rows,
   )
 
+  parts = MESHES[mesh_name].sequence
+  order = token_order.token_order(TOKENS, parts)
+
+  def in_rows(flat):  # as they lie
+    return flat.reshape(ROWS, TOKENS, *flat.shape[1:])[:, order]
+
   def run(x, logits, kernels, valid, upstream):
     def loss(x, logits, kernels):
-      affinity = Affinity(plain=logits, logits=logits, bias=None, valid=valid)
-      out, _, meetings = mixture(
-        x, affinity, kernels, config=config, num_rows=ROWS
+      logits = in_rows(logits)
+      affinity = Affinity(
+        plain=logits, logits=logits, bias=None, valid=in_rows(valid)
       )
+      out, _, meetings = mixture(
+        in_rows(x), affinity, kernels, config=config, token_parts=parts
+      )
+      out = out[:, np.argsort(order)].reshape(x.shape)
       return jnp.sum(out * upstream), (out, meetings.dropped)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -172,8 +187,8 @@ def _check(config: MoeConfig, mesh_name: str, choice: str):
   expected, pull_back = jax.vjp(
     functools.partial(_expected, met=met), x, logits, kernels
   )
-  # Sums of up to 48 products, over up to 96 rows, in another order.
-  tolerance = (10 + np.sqrt(96)) * np.sqrt(48) * 2.0**-24
+  # Sums of up to 48 products, over up to 128 rows, in another order.
+  tolerance = (10 + np.sqrt(128)) * np.sqrt(48) * 2.0**-24
 
   def close(actual, wanted):
     scale = np.max(np.abs(wanted))
@@ -191,7 +206,7 @@ def _config(exchange: str, **fields) -> MoeConfig:
 
 
 @pytest.mark.parametrize("choice", ["any", "one", "two", "own", "masked"])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", EXPERT_MESHES)
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.usefixtures("ragged")
 def test_exchanges_equal_one_device(exchange, mesh, choice):
@@ -213,6 +228,13 @@ def test_exchanges_equal_one_device(exchange, mesh, choice):
 @pytest.mark.usefixtures("ragged")
 def test_exchanges_of_other_sizes_equal_one_device(exchange, fields, choice):
   _check(_config(exchange, **fields), "expert 4", choice)
+
+
+@pytest.mark.parametrize("choice", ["any", "one", "own", "masked"])
+@pytest.mark.parametrize("mesh", ["sequence 2", "sequence 4"])
+def test_capacity_is_given_out_in_the_order_of_the_batch(mesh, choice):
+  """Also where the tokens of a row lie on several devices."""
+  _check(_config("all_to_all", capacity_factor=0.6), mesh, choice)
 
 
 def _group(**fields) -> Group:
@@ -261,7 +283,7 @@ def test_ragged_exchange_is_refused_on_cpu():
     expert_parallel._chosen(config, _group(), bytes_per_row=4)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", EXPERT_MESHES)
 @pytest.mark.parametrize("exchange", ["all_to_all", "all_gather"])
 def test_kernels_are_not_gathered_over_the_expert_axis(exchange, mesh):
   run, shardings = _on_mesh(_config(exchange), mesh)
