@@ -1,10 +1,11 @@
 """Routed experts of a batch: on one device, or of a batch that lies on many.
 
-Where a mesh divides the rows of a batch, each device routes, moves and computes
-its own rows: what belongs to other rows is sums, and how many tokens before its
-own have chosen an expert. Kernels that are stored in parts are gathered, layer
-by layer, and their gradients summed into those parts; where devices hold
-different experts, rows go to them (expert_parallel.py).
+On a mesh each device routes, moves and computes its own tokens: what belongs to
+others is sums, and how many tokens before its own have chosen an expert.
+Kernels that are stored in parts are gathered, layer by layer, and their
+gradients summed into those parts; where devices hold different experts, tokens
+go to them (expert_parallel.py). Rows that the mesh does not divide, of a prompt
+say, are on all devices, and each does what its experts have to.
 
 Experts that choose tokens choose among all of them, so that the compiler
 divides their work.
@@ -88,11 +89,9 @@ def mixture(
     The outputs, and who has met whom.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  axes = row_axes(mesh, x.shape[0])
-  # Few rows, of a prompt say, the compiler divides as it can.
-  is_divided = mesh.size > 1 and axes
-  if config.choice == "expert" or not is_divided:
+  if config.choice == "expert" or mesh.size <= 1:
     return _flattened(x, affinity, kernels, make_choice(config))
+  axes = row_axes(mesh, x.shape[0])
   division = Division(
     rows=axes,
     num_rows=x.shape[0] // _parts(mesh, axes),
@@ -190,14 +189,22 @@ def _on_device(
   """What this device's tokens get, and sums over those of all."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.shape.get("expert", 1) > 1:
-    out = expert_parallel.apply(x, plan, kernels, config=config, axis="expert")
+    apply = (
+      expert_parallel.apply
+      if "expert" in division.rows
+      else expert_parallel.apply_to_same
+    )
+    out = apply(x, plan, kernels, config=config, axis="expert")
   else:
     out = expert_parallel.computed(x, plan, kernels)
   if "tensor" in mesh.shape:
     # Hidden units stay in parts, and so does what they give.
     out = jax.lax.psum(out, "tensor")
   meetings = plan.meetings()
-  over_all = functools.partial(jax.lax.psum, axis_name=division.axes)
+
+  def over_all(leaf):
+    return jax.lax.psum(leaf, division.axes) if division.axes else leaf
+
   sums = sums.replace(entropy=over_all(sums.entropy), z=over_all(sums.z))
   if division.tokens is not None:
     counts, probability = jax.lax.psum(

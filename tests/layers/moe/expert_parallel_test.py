@@ -127,14 +127,14 @@ def _expected(x, logits, kernels, *, met):
 
 
 @functools.cache
-def _on_mesh(config: MoeConfig, mesh_name: str):
+def _on_mesh(config: MoeConfig, mesh_name: str, num_rows: int = ROWS):
   """Outputs and gradients of `mixture`, as a compiled function."""
   mesh = make_mesh(MESHES[mesh_name])
 
   def place(spec):
     return NamedSharding(mesh, spec)
 
-  rows = place(P(BATCH_AXES))
+  rows = place(P(BATCH_AXES) if num_rows == ROWS else P())
   shardings = (
     rows,
     rows,
@@ -148,10 +148,11 @@ def _on_mesh(config: MoeConfig, mesh_name: str):
   )
 
   parts = MESHES[mesh_name].sequence
-  order = token_order.token_order(TOKENS, parts)
+  length = ROWS * TOKENS // num_rows
+  order = token_order.token_order(length, parts)
 
   def in_rows(flat):  # as they lie
-    return flat.reshape(ROWS, TOKENS, *flat.shape[1:])[:, order]
+    return flat.reshape(num_rows, length, *flat.shape[1:])[:, order]
 
   def run(x, logits, kernels, valid, upstream):
     def loss(x, logits, kernels):
@@ -174,12 +175,12 @@ def _on_mesh(config: MoeConfig, mesh_name: str):
   return jax.jit(run, in_shardings=shardings), shardings
 
 
-def _check(config: MoeConfig, mesh_name: str, choice: str):
+def _check(config: MoeConfig, mesh_name: str, choice: str, **fields):
   x, logits, kernels, valid = _inputs(choice)
   upstream = jnp.asarray(
     np.random.default_rng(8).normal(size=x.shape), jnp.float32
   )
-  run, shardings = _on_mesh(config, mesh_name)
+  run, shardings = _on_mesh(config, mesh_name, **fields)
   out, grads, _ = run(
     *jax.device_put((x, logits, kernels, valid, upstream), shardings)
   )
@@ -237,6 +238,14 @@ def test_capacity_is_given_out_in_the_order_of_the_batch(mesh, choice):
   _check(_config("all_to_all", capacity_factor=0.6), mesh, choice)
 
 
+@pytest.mark.parametrize("choice", ["any", "one", "masked"])
+@pytest.mark.parametrize("capacity_factor", [None, 0.75])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_one_long_row_is_computed_on_all_devices(mesh, capacity_factor, choice):
+  config = _config("all_to_all", capacity_factor=capacity_factor)
+  _check(config, mesh, choice, num_rows=1)
+
+
 def _group(**fields) -> Group:
   defaults: dict[str, Any] = dict(
     axis="expert",
@@ -284,9 +293,14 @@ def test_ragged_exchange_is_refused_on_cpu():
 
 
 @pytest.mark.parametrize("mesh", EXPERT_MESHES)
-@pytest.mark.parametrize("exchange", ["all_to_all", "all_gather"])
-def test_kernels_are_not_gathered_over_the_expert_axis(exchange, mesh):
-  run, shardings = _on_mesh(_config(exchange), mesh)
+@pytest.mark.parametrize(
+  ("exchange", "num_rows"), [("all_to_all", 8), ("all_gather", 8), (None, 1)]
+)
+def test_kernels_are_not_gathered_over_the_expert_axis(
+  exchange, num_rows, mesh
+):
+  config = _config(exchange or "all_to_all")
+  run, shardings = _on_mesh(config, mesh, num_rows)
   x, logits, kernels, valid = _inputs("any")
   arguments = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(
@@ -297,7 +311,7 @@ def test_kernels_are_not_gathered_over_the_expert_axis(exchange, mesh):
   )
   text = run.lower(*arguments).compile().as_text() or ""
   gathered = re.findall(r"= (\S+) all-gather(?:-start)?\(", text)
-  assert gathered  # numbers of rows, at least
+  assert gathered or num_rows == 1  # numbers of rows, at least
   whole = EXPERTS * WIDTH * HIDDEN // MESHES[mesh].tensor
   for shape in gathered:
     (sizes,) = re.findall(r"\[([\d,]*)\]", shape)
