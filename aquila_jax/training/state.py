@@ -33,6 +33,7 @@ def create_state(
   moments: AdamMoments | None = None,
   ema: Params | None = None,
   balance_weights: Float[np.ndarray, "L"] | None = None,
+  recent: Float[np.ndarray, "2 W"] | None = None,
 ) -> TrainState:
   """The state at step 0 of a stage.
 
@@ -44,6 +45,7 @@ def create_state(
     moments: Adam's moments to go on from; None starts them at zero.
     ema: the average to go on from.
     balance_weights: of `balance.initial_weights`.
+    recent: of `spikes.no_steps`.
 
   Returns:
     A TrainState. Its moments are at least float32 whatever the parameters are.
@@ -63,6 +65,7 @@ def create_state(
     opt_state=opt_state,
     ema=ema,
     balance_weights=weights,
+    recent=None if recent is None else jnp.asarray(recent),
   )
 
 
@@ -74,6 +77,7 @@ def abstract_state(
   mesh: Mesh,
   keep_ema: bool = False,
   balance_weights: Float[np.ndarray, "L"] | None = None,
+  recent: Float[np.ndarray, "2 W"] | None = None,
 ) -> TrainState:
   """Shapes, dtypes and shardings of the state, without allocating any.
 
@@ -84,6 +88,7 @@ def abstract_state(
     mesh: of the devices.
     keep_ema: whether the stage averages its parameters.
     balance_weights: of `balance.initial_weights`.
+    recent: of `spikes.no_steps`.
 
   Returns:
     A TrainState of ShapeDtypeStruct. Moments and EMA lie where their parameters
@@ -95,6 +100,7 @@ def abstract_state(
       optimizer=optimizer,
       keep_ema=keep_ema,
       balance_weights=balance_weights,
+      recent=recent,
     ),
     params,
   )
@@ -122,6 +128,7 @@ def state_shardings(state: TrainState, *, axes: Any, mesh: Mesh) -> TrainState:
     ),
     ema=None if state.ema is None else by_param,
     balance_weights=None if state.balance_weights is None else everywhere,
+    recent=None if state.recent is None else everywhere,
   )
 
 
@@ -140,6 +147,7 @@ def place_initial(
   optimizer: optax.GradientTransformation,
   like: TrainState,
   balance_weights: Float[np.ndarray, "L"] | None = None,
+  recent: Float[np.ndarray, "2 W"] | None = None,
 ) -> TrainState:
   """The state at step 0, laid out on the mesh.
 
@@ -151,6 +159,7 @@ def place_initial(
     optimizer: of `make_optimizer`.
     like: of `abstract_state`.
     balance_weights: of `balance.initial_weights`.
+    recent: of `spikes.no_steps`.
 
   Returns:
     The state.
@@ -174,6 +183,7 @@ def place_initial(
       moments=moments,
       ema=ema,
       balance_weights=balance_weights,
+      recent=recent,
     )
 
   return jax.jit(create, out_shardings=shardings)(params, moments, ema)
