@@ -120,7 +120,7 @@ def train(job: TrainJob) -> TrainResult:
   """
   goodput = Goodput()
   with goodput.spent("compile"):
-    program, train_step = _build(job)
+    program, train_step = build_step(job)
   workdir, config = job.workdir, job.train
   with (
     StopSignals() as signals,
@@ -218,7 +218,7 @@ class _Run:
   times_back: int = 0  # to that one
 
 
-def _build(job: TrainJob) -> tuple[Program, Any]:
+def build_step(job: TrainJob) -> tuple[Program, Any]:
   """The step's program, and it compiled: (state, batch) -> (state, metrics)."""
   warn_unless_causal(job.model, what=f"training of {job.stage}")
   program = make_program(
