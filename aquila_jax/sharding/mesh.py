@@ -7,7 +7,13 @@ import math
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+)
 
 from aquila_jax.core import errors
 from aquila_jax.core.experiment_config import MeshConfig
@@ -38,12 +44,7 @@ def make_mesh(
     errors.UserError: where the sizes do not use up the devices exactly.
   """
   devices = jax.devices() if devices is None else list(devices)
-  sizes = dataclasses.asdict(config)
-  given = math.prod(size for size in sizes.values() if size != -1)
-  rest, remainder = divmod(len(devices), given)
-  if remainder or (rest != 1 and -1 not in sizes.values()):
-    raise _misfit(sizes, num_devices=len(devices))
-  sizes = {name: rest if n == -1 else n for name, n in sizes.items()}
+  sizes = mesh_sizes(config, num_devices=len(devices))
   return jax.make_mesh(
     tuple(sizes.values()),
     tuple(sizes),
@@ -52,7 +53,35 @@ def make_mesh(
   )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def mesh_sizes(config: MeshConfig, *, num_devices: int) -> dict[str, int]:
+  """Axis -> size, of so many devices.
+
+  Raises:
+    errors.UserError: where the sizes do not use up the devices exactly.
+  """
+  sizes = dataclasses.asdict(config)
+  given = math.prod(size for size in sizes.values() if size != -1)
+  rest, remainder = divmod(num_devices, given)
+  if remainder or (rest != 1 and -1 not in sizes.values()):
+    raise _misfit(sizes, num_devices=num_devices)
+  return {name: rest if n == -1 else n for name, n in sizes.items()}
+
+
+def abstract_mesh(config: MeshConfig, *, num_devices: int) -> AbstractMesh:
+  """As `make_mesh`, of devices that are not there.
+
+  Raises:
+    errors.UserError: as there.
+  """
+  sizes = mesh_sizes(config, num_devices=num_devices)
+  return AbstractMesh(
+    tuple(sizes.values()),
+    tuple(sizes),
+    axis_types=(AxisType.Auto,) * len(sizes),
+  )
+
+
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
   """Rows divided over `BATCH_AXES`, everything after them whole."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 

@@ -49,7 +49,7 @@ _SIZE_FIELDS = {
 }
 
 
-def param_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
+def param_shardings(axes: Any, shapes: Any, mesh: Mesh | AbstractMesh) -> Any:
   """The sharding of every leaf.
 
   Args:
@@ -73,7 +73,7 @@ def param_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
 
 
 def leaf_spec(
-  axes: LeafAxes, shape: tuple[int, ...], *, mesh: Mesh
+  axes: LeafAxes, shape: tuple[int, ...], *, mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
   """The PartitionSpec of one leaf, by the table STORAGE.
 

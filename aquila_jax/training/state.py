@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from aquila_jax.core import dtypes
@@ -71,7 +71,7 @@ def abstract_state(
   *,
   optimizer: optax.GradientTransformation,
   axes: Any,
-  mesh: Mesh,
+  mesh: Mesh | AbstractMesh,
   keep_ema: bool = False,
   balance_weights: Float[np.ndarray, "L"] | None = None,
 ) -> TrainState:
@@ -108,7 +108,9 @@ def abstract_state(
   )
 
 
-def state_shardings(state: TrainState, *, axes: Any, mesh: Mesh) -> TrainState:
+def state_shardings(
+  state: TrainState, *, axes: Any, mesh: Mesh | AbstractMesh
+) -> TrainState:
   """A TrainState of NamedSharding, from the axes of the parameters."""
   everywhere: Any = NamedSharding(mesh, PartitionSpec())
   by_param = param_shardings(axes, state.params, mesh)
