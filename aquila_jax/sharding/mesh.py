@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import (
   AbstractMesh,
   AxisType,
@@ -45,12 +46,11 @@ def make_mesh(
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = mesh_sizes(config, num_devices=len(devices))
-  return jax.make_mesh(
-    tuple(sizes.values()),
-    tuple(sizes),
-    axis_types=(AxisType.Auto,) * len(sizes),
-    devices=devices,
+  # An axis may lie along a part of a dimension of the torus.
+  placed = mesh_utils.create_device_mesh(
+    tuple(sizes.values()), devices, allow_split_physical_axes=True
   )
+  return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def mesh_sizes(config: MeshConfig, *, num_devices: int) -> dict[str, int]:

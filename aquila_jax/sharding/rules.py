@@ -106,6 +106,17 @@ def spec_of(
   return PartitionSpec(*entries)
 
 
+def without(spec: PartitionSpec, mesh_axis: str) -> PartitionSpec:
+  """A spec of what is whole along a mesh axis and lies as before on others."""
+
+  def rest(entry):
+    names = entry if isinstance(entry, tuple) else (entry,)
+    kept = tuple(name for name in names if name not in (None, mesh_axis))
+    return kept if len(kept) > 1 else next(iter(kept), None)
+
+  return PartitionSpec(*map(rest, spec))
+
+
 def _indivisible(
   name: str, size: int, *, mesh_axis: str, mesh: Mesh | AbstractMesh
 ) -> errors.UserError:
