@@ -16,10 +16,15 @@ from aquila_jax.kernels.target import Target, compiling_for
 from aquila_jax.layers.moe import expert_parallel
 from aquila_jax.pipeline import budget
 from aquila_jax.planning import counting, step_plan, tpu_program
+from aquila_jax.planning.pods import Pod
+from aquila_jax.planning.quick_plan import QuickPlan
+from aquila_jax.planning.step_memory import Step
 from aquila_jax.planning.step_plan import Memory, StepPlan
 from aquila_jax.planning.tpu_schedule import Clock, Schedule
-from aquila_jax.sharding.mesh import BATCH_AXES, make_mesh
+from aquila_jax.sharding.mesh import BATCH_AXES, abstract_mesh, make_mesh
+from aquila_jax.training import inputs
 from aquila_jax.training.program import Program, make_program
+from aquila_jax.training.step import abstract_batch
 
 _OUT_OF_MEMORY = re.compile(r"Ran out of memory[^\n]*")
 # Rows of a tile of the experts' kernels.
@@ -94,6 +99,33 @@ def plan_step(
   )
 
 
+def plan_memory(
+  experiment: ExperimentConfig, stage_name: str, pod: Pod
+) -> QuickPlan:
+  """What the step of a stage takes, by arithmetic.
+
+  Args:
+    experiment: with the mesh.
+    stage_name: of its stages.
+    pod: of the chips.
+
+  Returns:
+    The plan.
+
+  Raises:
+    errors.UserError: as `plan_step`, of mesh and model.
+  """
+  stage = experiment.stages[stage_name]
+  mesh = abstract_mesh(experiment.mesh, num_devices=pod.num_devices)
+  inputs.check_batch_divides(
+    stage.train,
+    like=abstract_batch(stage.train, mesh=mesh),
+    path=f"config.stages.{stage_name}.train",
+  )
+  step = Step(model=stage.model, train=stage.train, mesh=mesh)
+  return QuickPlan.of(stage_name, step, pod)
+
+
 def grouped_steps(
   model: ModelConfig, *, num_tokens: int, expert_devices: int = 1
 ) -> int:
@@ -160,26 +192,28 @@ def _estimate(
 
 
 def _memory(program: Program, schedule: Schedule | None, kind: str) -> Memory:
-  parameters = _bytes(program.state.params)
-  optimizer = _bytes(program.state.opt_state) + _bytes(program.state.ema)
-  state = _bytes(program.state)
+  parameters = bytes_of_device(program.state.params)
+  optimizer = bytes_of_device(program.state.opt_state) + bytes_of_device(
+    program.state.ema
+  )
+  state = bytes_of_device(program.state)
   temporaries = None
   if schedule is not None:
     assert schedule.compiled is not None
+    if schedule.total_bytes is None:
+      raise RuntimeError("the compiler has written no report of its memory")
     stats: Any = schedule.compiled.memory_analysis()
-    # What comes out beside the new state, metrics, has memory of its own.
-    others = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    temporaries = stats.temp_size_in_bytes + max(0, others)
+    temporaries = schedule.total_bytes - stats.argument_size_in_bytes
   return Memory(
     parameters=parameters,
     optimizer=optimizer,
-    batch=_bytes(program.batch) + state - parameters - optimizer,
+    batch=bytes_of_device(program.batch) + state - parameters - optimizer,
     temporaries=temporaries,
     hbm=step_plan.HBM_BYTES[kind],
   )
 
 
-def _bytes(tree: Any) -> int:
+def bytes_of_device(tree: Any) -> int:
   """Of one device, of shapes with shardings."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
 
 from aquila_jax.core import errors
 from aquila_jax.planning.step_plan import HBM_BYTES
@@ -56,6 +55,10 @@ class Pod:
       errors.UserError: where there is none.
     """
     _check_kind(kind, flag=f"--kind={kind}")
+    if num_devices < 1:
+      raise errors.UserError(
+        f"--devices={num_devices}: expected a number above 0"
+      )
     longest, dims = _LARGEST[kind]
     shapes = [
       shape for shape in _shapes(num_devices, dims) if max(shape) <= longest
@@ -92,43 +95,39 @@ class Pod:
     """Bytes of a device that a program may use."""
     return HBM_BYTES[self.device_kind]
 
-  def spans(self, mesh: Mapping[str, int]) -> dict[str, int]:
-    """The dimensions of the torus along which a mesh axis lies, at most.
+  def placed(self, mesh: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """Chips along each dimension of the torus that a mesh axis lies along.
 
-    Axes are laid out from the last, which is nearest, each along as few
-    dimensions as hold it; the compiler's own layout can be another.
+    Axes are laid out from the last, each along as few dimensions as hold it;
+    JAX's own layout can be another.
 
     Args:
       mesh: axis -> size.
 
     Returns:
-      Axis -> how many dimensions, at least 1.
+      Axis -> sizes above 1 whose product is its own; none of an axis of 1.
     """
-    free = sorted((size for size in self.shape if size > 1), reverse=True)
-    spans = {}
+    free, places = [size for size in self.shape if size > 1], {}
     for axis, size in reversed(mesh.items()):
-      spans[axis], free = _taken(size, free)
-    return spans
+      places[axis], free = _taken(size, free)
+    return places
 
 
-def _taken(size: int, free: list[int]) -> tuple[int, list[int]]:
+def _taken(size: int, free: list[int]) -> tuple[tuple[int, ...], list[int]]:
   """The dimensions that `size` chips lie along, and what is left of all."""
-  exact = [chips for chips in free if chips == size]
-  if exact:
+  if size in free:
     rest = list(free)
     rest.remove(size)
-    return 1, rest
-  count, rest = 0, list(free)
-  while size > 1 and rest:
-    chips = rest.pop(0)
+    return (size,), rest
+  taken, rest = [], []
+  for chips in sorted(free, reverse=True):
     part = math.gcd(size, chips)
-    if part == 1:
-      continue
-    count += 1
     size //= part
+    if part > 1:
+      taken.append(part)
     if chips > part:
-      rest = sorted([*rest, chips // part], reverse=True)
-  return max(1, count), rest
+      rest.append(chips // part)
+  return tuple(taken), rest
 
 
 def _check_kind(kind: str, *, flag: str) -> None:
