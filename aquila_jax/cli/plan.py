@@ -13,10 +13,17 @@ what takes the memory, what a step takes and why, and the days for the tokens.
 
 need no compiler: `memory` estimates the bytes of a device, `search` ranks the
 meshes, microbatches and remat that fit by what a roofline says of a step.
+
+  ... plan growth --config=... --topology=v5p:4x4x8
+  ... plan export --config=...
+
+say what the transform before a stage takes of devices, by the compiler, and of
+a host, and what an export writes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from typing import Any
 
@@ -30,7 +37,13 @@ from aquila_jax.core.experiment_config import ExperimentConfig
 from aquila_jax.pipeline import budget
 from aquila_jax.pipeline.context import say_on_stderr
 from aquila_jax.pipeline.planned import plan_memory, plan_step
-from aquila_jax.planning import plan_search, quick_plan, step_plan
+from aquila_jax.pipeline.planned_growth import plan_export, plan_growth
+from aquila_jax.planning import (
+  plan_search,
+  quick_plan,
+  step_plan,
+  transform_plan,
+)
 from aquila_jax.planning.pods import KINDS, Pod
 from aquila_jax.planning.quick_plan import QuickPlan
 
@@ -57,19 +70,27 @@ _OUTPUT = flags.DEFINE_string("output", "", "A JSON file to write.")
 
 
 def main(what: str | None) -> None:
-  verbs = {"compile": _compile, "memory": _memory, "search": _search}
-  if what not in verbs:
+  verbs = {
+    "compile": _compile,
+    "memory": _memory,
+    "search": _search,
+    "growth": _growth,
+  }
+  if what not in (*verbs, "export"):
     raise errors.UserError(
-      f"{what!r}: expected `plan {'`, `plan '.join(verbs)}`, then flags"
+      f"{what!r}: expected `plan {'`, `plan '.join((*verbs, 'export'))}`, then"
+      " flags"
     )
   # The compiler is asked for by its topology; no device is.
   jax.config.update("jax_platforms", "cpu")
   experiment = config_door.load(_CONFIG)
   name = model_flags.stage_name(experiment, _STAGE.value)
-  topology = _topology()
   if _OUTPUT.value:
     _check_output(_OUTPUT.value)
-  verbs[what](experiment, name, topology)
+  if what == "export":
+    _export(experiment, name)
+  else:
+    verbs[what](experiment, name, _topology())
 
 
 def _topology() -> str:
@@ -117,6 +138,29 @@ def _search(experiment: ExperimentConfig, name: str, topology: str) -> None:
       plan.to_json() | dict(command=command)
       for plan, command in zip(best, commands, strict=True)
     ]
+  )
+
+
+def _growth(experiment: ExperimentConfig, name: str, topology: str) -> None:
+  plan = plan_growth(experiment, name, topology)
+  print(transform_plan.growth_table(plan))
+  _write(plan.to_json())
+
+
+def _export(experiment: ExperimentConfig, name: str) -> None:
+  sizes, read = plan_export(experiment.stages[name].model)
+  print(f"the export of {name}, {sizes['bfloat16'].architecture}\n")
+  print(transform_plan.export_table(sizes, read=read))
+  _write(
+    dict(
+      stage=name,
+      read=read,
+      dtypes={
+        dtype: dataclasses.asdict(size)
+        | dict(seconds=transform_plan.export_seconds(read, size.num_bytes))
+        for dtype, size in sizes.items()
+      },
+    )
   )
 
 

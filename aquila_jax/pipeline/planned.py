@@ -49,7 +49,7 @@ def plan_step(
       there is no TPU compiler; it names the field.
   """
   stage = experiment.stages[stage_name]
-  clock = _clock(topology)
+  clock = make_clock(topology)
   kind = clock.device.device_kind
   mesh = make_mesh(experiment.mesh, clock.devices)
   with compiling_for(Target(platform="tpu", device_kind=kind)):
@@ -88,6 +88,8 @@ def plan_step(
     device_kind=kind,
     mesh=sizes,
     tokens=tokens,
+    num_microbatches=stage.train.num_microbatches,
+    remat=stage.model.remat,
     flops=flops / len(clock.devices),
     memory=_memory(program, schedule, kind),
     estimate=estimate,
@@ -145,7 +147,12 @@ def grouped_steps(
   return tiles + model.moe.num_experts // expert_devices - 1
 
 
-def _clock(topology: str) -> Clock:
+def make_clock(topology: str) -> Clock:
+  """The compiler for a topology of a kind whose rates are known.
+
+  Raises:
+    errors.UserError: where it is none, or there is no TPU compiler.
+  """
   try:
     clock = Clock(topology)
   except RuntimeError as error:

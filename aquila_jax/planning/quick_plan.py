@@ -137,7 +137,7 @@ def memory_table(plan: QuickPlan) -> str:
   return "\n".join(lines)
 
 
-def _line(name: str, size: float | None) -> str:
+def _line(name: str, size: int | float | None) -> str:
   assert size is not None
   return f"  {name:<34}{size / _GIB:>10.2f} GiB"
 

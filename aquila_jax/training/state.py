@@ -158,7 +158,6 @@ def place_initial(
     The state.
   """
   shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-  keep_ema = like.ema is not None
   by_param = shardings.params
   params, ema = jax.device_put(
     (initial.params, initial.ema),
@@ -168,14 +167,36 @@ def place_initial(
   if moments is not None:
     moments = jax.device_put(moments, get_moments(shardings.opt_state))
 
+  make = make_placement(optimizer, like=like, balance_weights=balance_weights)
+  return make(params, moments, ema)
+
+
+def make_placement(
+  optimizer: optax.GradientTransformation,
+  *,
+  like: TrainState,
+  balance_weights: Float[np.ndarray, "L"] | None = None,
+) -> Any:
+  """Jitted (parameters, moments, EMA) -> the state that `place_initial` makes.
+
+  Args:
+    optimizer: of `make_optimizer`.
+    like: of `abstract_state`.
+    balance_weights: of `balance.initial_weights`.
+
+  Returns:
+    A `jax.jit` function; what it is given stays.
+  """
+
   def create(params, moments, ema):
     return create_state(
       params,
       optimizer=optimizer,
-      keep_ema=keep_ema,
+      keep_ema=like.ema is not None,
       moments=moments,
       ema=ema,
       balance_weights=balance_weights,
     )
 
-  return jax.jit(create, out_shardings=shardings)(params, moments, ema)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+  return jax.jit(create, out_shardings=shardings)

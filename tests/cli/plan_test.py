@@ -11,7 +11,8 @@ POD = ("--stage=scale_out", "--topology=v5e:2x2", "--config.mesh.expert=2")
 
 def test_memory_and_search(commands, tmp_path):
   first, second = tmp_path / "memory.json", tmp_path / "search.json"
-  memory, search = map(
+  third = tmp_path / "export.json"
+  memory, search, export = map(
     succeeded,
     commands.run_all(
       [
@@ -27,6 +28,7 @@ def test_memory_and_search(commands, tmp_path):
           "--best=3",
           f"--output={second}",
         ),
+        ("plan", "export", SMOKE, "--stage=scale_out", f"--output={third}"),
       ]
     ),
   )
@@ -50,6 +52,10 @@ def test_memory_and_search(commands, tmp_path):
   assert "plan compile --config=experiments/configs/smoke.py" in command
   assert "--config.seed=3" in command
   assert command in search.out
+  written = json.loads(third.read_text())
+  half, whole = (written["dtypes"][name] for name in ("bfloat16", "float32"))
+  assert whole["num_bytes"] == 2 * half["num_bytes"] >= written["read"]
+  assert "the export of scale_out, Qwen2MoeForCausalLM" in export.out
 
 
 def test_mistakes_are_refused(commands):
@@ -57,8 +63,8 @@ def test_mistakes_are_refused(commands):
     {
       "no verb": (
         ("plan", SMOKE, "--topology=v5e:2x2"),
-        "None: expected `plan compile`, `plan memory`, `plan search`, then"
-        " flags",
+        "None: expected `plan compile`, `plan memory`, `plan search`, `plan"
+        " growth`, `plan export`, then flags",
       ),
       "no pod": (
         ("plan", "memory", SMOKE, "--stage=dense"),
@@ -82,6 +88,11 @@ def test_mistakes_are_refused(commands):
         ("plan", "memory", SMOKE, "--stage=dense", "--topology=v5e:4x4"),
         "config.stages.dense.train.batch_size=8: expected a multiple of 16, 1"
         " microbatches spread over 16 devices; the nearest is 16",
+      ),
+      "no growth": (
+        ("plan", "growth", SMOKE, "--stage=dense", "--topology=v5e:4x4"),
+        "config.stages.dense.init.kind='scratch': expected scale_up or"
+        " scale_out, for a plan of growth",
       ),
       "nowhere to write": (
         ("plan", "memory", SMOKE, "--stage=dense", "--topology=v5e:2x2")
