@@ -21,7 +21,7 @@ from aquila_jax.planning.quick_plan import QuickPlan
 from aquila_jax.planning.step_memory import Step
 from aquila_jax.planning.step_plan import Memory, StepPlan
 from aquila_jax.planning.tpu_schedule import Clock, Schedule
-from aquila_jax.sharding.mesh import BATCH_AXES, abstract_mesh, make_mesh
+from aquila_jax.sharding.mesh import abstract_mesh, make_mesh
 from aquila_jax.training import inputs
 from aquila_jax.training.program import Program, make_program
 from aquila_jax.training.step import abstract_batch
@@ -64,6 +64,7 @@ def plan_step(
   started = time.perf_counter()
   schedule, message = _compiled(clock, lowered)
   sizes = {str(axis): size for axis, size in mesh.shape.items()}
+  step = Step(model=stage.model, train=stage.train, mesh=mesh.abstract_mesh)
   estimate = None
   if schedule is not None:
     estimate = _estimate(
@@ -72,11 +73,10 @@ def plan_step(
       kind=kind,
       trips=grouped_steps(
         stage.model,
-        num_tokens=stage.train.tokens_per_step
-        // stage.train.num_microbatches
-        // math.prod(mesh.shape[axis] for axis in BATCH_AXES),
+        num_tokens=step.tokens,
         expert_devices=mesh.shape["expert"],
       ),
+      filled=step.filled,
     )
   tokens = stage.train.tokens_per_step
   flops = tokens * counting.train_flops_per_token(
@@ -185,14 +185,19 @@ def _estimate(
   coordinates: tpu_program.Coordinates,
   kind: str,
   trips: int,
+  filled: float,
 ) -> tpu_program.Estimate:
+  """Experts' kernels skip the steps that no rows fill, of even buffers."""
   assert schedule.compiled is not None
   return tpu_program.estimate(
     schedule.compiled.as_text() or "",
     chip=tpu_program.Chip.of(kind),
     coordinates=coordinates,
     kernel_cycles={
-      kernel.name: kernel.cycles_of(trips) for kernel in schedule.kernels
+      kernel.name: round(
+        kernel.cycles_of(trips) * (filled if "expert_" in kernel.name else 1)
+      )
+      for kernel in schedule.kernels
     },
     rare=[expert_parallel.OVERFLOW],
   )

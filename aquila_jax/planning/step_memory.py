@@ -196,6 +196,16 @@ class Step:
     rows = self.tokens * self.model.moe.top_k
     return 1 + (self._local_experts() - 1) * tile_rows / rows
 
+  @property
+  def filled(self) -> float:
+    """Of a device's slots for rows of experts, where these are met evenly.
+
+    Where it holds all experts, 1: they are made for what there is.
+    """
+    if self.model.moe is None or self.mesh.shape.get("expert", 1) == 1:
+      return 1.0
+    return self.tokens * self.model.moe.top_k / self.rows()
+
   def _local_experts(self) -> int:
     assert self.model.moe is not None
     return self.model.moe.num_experts // self.mesh.shape.get("expert", 1)

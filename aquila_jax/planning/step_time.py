@@ -25,12 +25,15 @@ from aquila_jax.planning.step_memory import Step, leaves
 
 # Of the published rate, what matrix products get, measured as FLOPs over the
 # seconds without links of compiled steps of mixtures.
-RATES = {"TPU v5 lite": 0.75, "TPU v5": 0.80, "TPU v6 lite": 0.72}
+RATES = {"TPU v5 lite": 0.75, "TPU v5": 0.84, "TPU v6 lite": 0.72}
 # Rows of a tile of the experts' kernels, one of which experts share.
 _TILE_ROWS = 512
 # What a number of the state has read and written in an update, in float32:
 # parameter, both moments and gradient, of which all but the last are written.
 _UPDATE_BYTES = 7 * 4
+# For a move of rows, of their buffer, as compiled steps have it: on v5p and v6e
+# 38 and 56 times its bytes.
+_EXCHANGE_BYTES = 45
 # Of a number of gradients, added to a sum.
 _SUM_BYTES = 3 * 4
 
@@ -117,7 +120,28 @@ def _memory_bytes(step: Step) -> float:
   # Logits are written, read for their sums, and read again for a gradient that
   # is written and read twice.
   logits = count * 3 * step.logit_bytes
-  return numbers * _UPDATE_BYTES + sums + logits + count * _copies(step)
+  around = count * (_copies(step) + _around_exchanges(step))
+  return numbers * _UPDATE_BYTES + sums + logits + around
+
+
+def _moves(step: Step) -> int:
+  """Of rows to experts on other devices or back, in a microbatch.
+
+  There and back; again for the backward pass, whatever the remat, and their
+  gradients.
+  """
+  if step.model.moe is None or step.mesh.shape.get("expert", 1) == 1:
+    return 0
+  each = 2 * (3 + step.train.has_load_pass(step.model))
+  return each * len(step.model.moe_layers)
+
+
+def _around_exchanges(step: Step) -> float:
+  """Of a microbatch: zeros, gathers and sums around every move of rows."""
+  if not _moves(step):
+    return 0.0
+  buffer = step.rows() * step.model.embed_dim * step.compute_bytes
+  return float(_moves(step) * _EXCHANGE_BYTES * buffer)
 
 
 def _copies(step: Step) -> float:
@@ -164,13 +188,9 @@ def _links(step: Step, pod: Pod) -> float:
     # What attention and FFN write, and the gradients of what they read.
     each = 2 * width / wide["tensor"]
     seconds += 2 * model.num_layers * (forward + 1) * each
-  if step.mesh.shape.get("expert", 1) > 1 and model.moe is not None:
+  if _moves(step):
     sent = step.rows() * model.embed_dim * c
-    each = sent * max(places["expert"]) / (4 * link)
-    # There and back; again for the backward pass, whatever the remat, and their
-    # gradients.
-    moves = 2 * (3 + train.has_load_pass(model))
-    seconds += len(model.moe_layers) * moves * each
+    seconds += _moves(step) * sent * max(places["expert"]) / (4 * link)
   if step.mesh.shape.get("sequence", 1) > 1:
     keys = 2 * step.tokens * model.num_kv_heads * model.head_dim * c
     each = keys * step.mesh.shape["sequence"] / wide["sequence"]

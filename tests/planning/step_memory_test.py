@@ -117,6 +117,8 @@ def test_experts_are_divided_and_have_room_for_more_rows():
   assert whole.rows() == 16 + 4 * 3
   # Half as many again, of two experts.
   assert divided.rows() == 24 + 2 * 3
+  # Of whose slots two thirds are filled, but for those of blocks.
+  assert (whole.filled, divided.filled) == (1.0, 16 / 30)
   kernel = 4 * 8 * 16 * 2
   saved = whole.temporaries().layer - divided.temporaries().layer
   # Two and their gradients, and a copy as two rows of a device fill no tile.
