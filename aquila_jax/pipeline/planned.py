@@ -8,9 +8,10 @@ import time
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from aquila_jax.core import errors
-from aquila_jax.core.experiment_config import ExperimentConfig
+from aquila_jax.core.experiment_config import ExperimentConfig, TrainConfig
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.kernels.target import Target, compiling_for
 from aquila_jax.layers.moe import expert_parallel
@@ -52,15 +53,13 @@ def plan_step(
   clock = make_clock(topology)
   kind = clock.device.device_kind
   mesh = make_mesh(experiment.mesh, clock.devices)
-  with compiling_for(Target(platform="tpu", device_kind=kind)):
-    program = make_program(
-      stage.model,
-      stage.train,
-      mesh=mesh,
-      total_steps=budget.total_steps(experiment, stage_name),
-      path=f"config.stages.{stage_name}.train",
-    )
-    lowered = program.lower()
+  program, lowered = lowered_step(
+    stage.model,
+    stage.train,
+    mesh=mesh,
+    total_steps=budget.total_steps(experiment, stage_name),
+    path=f"config.stages.{stage_name}.train",
+  )
   started = time.perf_counter()
   schedule, message = _compiled(clock, lowered)
   sizes = {str(axis): size for axis, size in mesh.shape.items()}
@@ -99,6 +98,38 @@ def plan_step(
     compile_s=time.perf_counter() - started,
     message=message,
   )
+
+
+def lowered_step(
+  model: ModelConfig,
+  train: TrainConfig,
+  *,
+  mesh: Mesh,
+  total_steps: int,
+  path: str = "config.train",
+) -> tuple[Program, jax.stages.Lowered]:
+  """A step for the devices of a mesh, which need not be there.
+
+  Args:
+    model: the architecture.
+    train: of the stage.
+    mesh: of TPUs of a topology.
+    total_steps: of the schedule.
+    path: the dotted name of `train`, for messages.
+
+  Returns:
+    The program, and what is to be compiled.
+
+  Raises:
+    errors.UserError: where they do not fit; it names the field.
+  """
+  device = mesh.devices.flat[0]
+  there = Target(platform=device.platform, device_kind=device.device_kind)
+  with compiling_for(there):
+    program = make_program(
+      model, train, mesh=mesh, total_steps=total_steps, path=path
+    )
+    return program, program.lower()
 
 
 def plan_memory(
