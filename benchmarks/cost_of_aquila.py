@@ -3,9 +3,10 @@
   PYTHONPATH=. python -m benchmarks.cost_of_aquila [--add=NAME.json ...]
 
 writes docs/cost_of_aquila.md from benchmarks/results/cost_of_aquila.json. A
-file of --add is of `plan compile --output`; it joins the results, in place of
-one of the same stage, topology and mesh. Stages that nobody has compiled are
-estimated by `plan search`, and so are the steps that were compiled, beside.
+file of --add is of `plan compile --output`, one of --growth of `plan growth`;
+it joins the results, in place of one of the same stage, topology and mesh. All
+stages are estimated by `plan search` on all pods, and so are the steps that
+were compiled, beside.
 """
 
 from __future__ import annotations
@@ -20,16 +21,19 @@ from absl import app, flags
 
 from aquila_jax.cli import config_door
 from aquila_jax.pipeline import budget
+from aquila_jax.pipeline.planned_growth import plan_export
 from aquila_jax.planning import plan_search
 from aquila_jax.planning.pods import Pod
 from aquila_jax.planning.quick_plan import QuickPlan
 from aquila_jax.planning.step_memory import Step
+from aquila_jax.planning.transform_plan import export_seconds
 from aquila_jax.sharding.mesh import abstract_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cost_of_aquila.json"
 PAGE = ROOT / "docs" / "cost_of_aquila.md"
 _ADD = flags.DEFINE_multi_string("add", [], "A JSON of `plan compile`.")
+_GROWTH = flags.DEFINE_multi_string("growth", [], "A JSON of `plan growth`.")
 
 STAGES = (
   "aquila_1_8b",
@@ -90,15 +94,32 @@ def _key(row: Row) -> tuple[Any, ...]:
   return row["stage"], row["topology"], tuple(row["mesh"].items())
 
 
+def _known(kind: str, files: list[str]) -> dict[tuple[Any, ...], Row]:
+  """The rows of the results, and those of files in place of theirs."""
+  rows = []
+  if RESULTS.exists():
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))[kind]
+  for name in files:
+    rows.append(json.loads(pathlib.Path(name).read_text(encoding="utf-8")))
+  return {_key(row): row for row in rows}
+
+
+def _exported(stage: str) -> Row:
+  sizes, read = plan_export(_experiment(stage).stages[stage].model)
+  rows = {
+    dtype: dataclasses.asdict(size)
+    | dict(seconds=export_seconds(read, size.num_bytes))
+    for dtype, size in sizes.items()
+  }
+  return dict(read=read, dtypes=rows)
+
+
 def results() -> Row:
   """The results, with files of --add, and estimates made again."""
-  compiled = {}
-  if RESULTS.exists():
-    old = json.loads(RESULTS.read_text(encoding="utf-8"))
-    compiled = {_key(row): row for row in old["compiled"]}
-  for name in _ADD.value:
-    row = json.loads(pathlib.Path(name).read_text(encoding="utf-8"))
-    compiled[_key(row)] = row
+  compiled, growth = (
+    _known("compiled", _ADD.value),
+    _known("growth", _GROWTH.value),
+  )
   for row in compiled.values():
     plan = _estimate_of(row)
     row["estimate"] = dict(
@@ -106,13 +127,15 @@ def results() -> Row:
       without_overlap=plan.time.without_overlap,
       links=plan.time.links,
     )
-  order = sorted(
-    compiled.values(),
-    key=lambda r: (STAGES.index(r["stage"]), PODS.index(r["topology"])),
-  )
+
+  def place(row: Row) -> tuple[int, int]:
+    return STAGES.index(row["stage"]), PODS.index(row["topology"])
+
   return dict(
     benchmark="cost_of_aquila",
-    compiled=order,
+    compiled=sorted(compiled.values(), key=place),
+    growth=sorted(growth.values(), key=place),
+    export=_exported("aquila_8x16b"),
     estimated=[
       estimated(stage, topology) for stage in STAGES for topology in PODS
     ],
@@ -204,6 +227,23 @@ def _chain_line(found: Row, topology: str) -> str:
   return f"| {' | '.join(cells)} |"
 
 
+def _growth_line(row: Row) -> str:
+  sizes = [row[name] / _GIB for name in ("held", "filling", "placing", "hbm")]
+  cells = [row["topology"], _mesh(row), *(f"{size:.1f}" for size in sizes)]
+  return f"| {' | '.join(cells)} |"
+
+
+def _export_line(dtype: str, row: Row) -> str:
+  cells = [
+    dtype,
+    f"{row['num_tensors']:,} in {row['num_shards']}",
+    f"{row['num_bytes'] / _GIB:.1f}",
+    f"{row['largest_shard'] / _GIB:.2f}",
+    f"{row['seconds'] / 60:.0f}",
+  ]
+  return f"| {' | '.join(cells)} |"
+
+
 def _table(head: str, lines: list[str]) -> str:
   columns = head.count("|") - 1
   return "\n".join([head, "|" + "---|" * columns, *lines])
@@ -235,12 +275,28 @@ def page(found: Row) -> str:
       " | days | chip-days |",
       [_estimated_line(row) for row in found["estimated"]],
     ),
+    growth=_table(
+      "| topology | mesh | the grown model | filling it | making the state"
+      " | of HBM |",
+      [_growth_line(row) for row in found["growth"]],
+    ),
+    export=_table(
+      "| dtype | tensors in files | GiB written | GiB in memory | minutes |",
+      [_export_line(*one) for one in found["export"]["dtypes"].items()],
+    ),
     chain=_table(
       "| topology | 7B | 16B | 8x16B | days | chip-days | chip-hours |",
       [_chain_line(found, topology) for topology in PODS],
     ),
   )
-  for name, table in tables.items():
+  growth = found["growth"][0]
+  facts = dict(
+    source=f"{growth['source_bytes'] / _GIB:.0f}",
+    target=f"{growth['target_bytes'] / _GIB:,.0f}",
+    streamed=f"{growth['streamed_seconds'] / 60:.0f}",
+    read=f"{found['export']['read'] / _GIB:.0f}",
+  )
+  for name, table in (tables | facts).items():
     text = text.replace(f"{{{name}}}", table)
   return text
 
