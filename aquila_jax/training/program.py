@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from aquila_jax.core.experiment_config import TrainConfig
 from aquila_jax.core.lineage import Copies
@@ -42,7 +42,7 @@ def make_program(
   model: ModelConfig,
   config: TrainConfig,
   *,
-  mesh: Mesh,
+  mesh: Mesh | AbstractMesh,
   total_steps: int,
   num_languages: int = 1,
   seed: int = 0,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from aquila_jax.core import dtypes
@@ -74,7 +74,7 @@ def abstract_state(
   *,
   optimizer: optax.GradientTransformation,
   axes: Any,
-  mesh: Mesh,
+  mesh: Mesh | AbstractMesh,
   keep_ema: bool = False,
   balance_weights: Float[np.ndarray, "L"] | None = None,
   recent: Float[np.ndarray, "2 W"] | None = None,
@@ -114,7 +114,9 @@ def abstract_state(
   )
 
 
-def state_shardings(state: TrainState, *, axes: Any, mesh: Mesh) -> TrainState:
+def state_shardings(
+  state: TrainState, *, axes: Any, mesh: Mesh | AbstractMesh
+) -> TrainState:
   """A TrainState of NamedSharding, from the axes of the parameters."""
   everywhere: Any = NamedSharding(mesh, PartitionSpec())
   by_param = param_shardings(axes, state.params, mesh)
@@ -165,7 +167,6 @@ def place_initial(
     The state.
   """
   shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-  keep_ema = like.ema is not None
   by_param = shardings.params
   params, ema = jax.device_put(
     (initial.params, initial.ema),
@@ -175,15 +176,41 @@ def place_initial(
   if moments is not None:
     moments = jax.device_put(moments, get_moments(shardings.opt_state))
 
+  make = make_placement(
+    optimizer, like=like, balance_weights=balance_weights, recent=recent
+  )
+  return make(params, moments, ema)
+
+
+def make_placement(
+  optimizer: optax.GradientTransformation,
+  *,
+  like: TrainState,
+  balance_weights: Float[np.ndarray, "L"] | None = None,
+  recent: Float[np.ndarray, "2 W"] | None = None,
+) -> Any:
+  """Jitted (parameters, moments, EMA) -> the state that `place_initial` makes.
+
+  Args:
+    optimizer: of `make_optimizer`.
+    like: of `abstract_state`.
+    balance_weights: of `balance.initial_weights`.
+    recent: of `spikes.no_steps`.
+
+  Returns:
+    A `jax.jit` function; what it is given stays.
+  """
+
   def create(params, moments, ema):
     return create_state(
       params,
       optimizer=optimizer,
-      keep_ema=keep_ema,
+      keep_ema=like.ema is not None,
       moments=moments,
       ema=ema,
       balance_weights=balance_weights,
       recent=recent,
     )
 
-  return jax.jit(create, out_shardings=shardings)(params, moments, ema)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+  return jax.jit(create, out_shardings=shardings)

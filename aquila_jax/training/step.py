@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from aquila_jax.core.experiment_config import TrainConfig
 from aquila_jax.core.model_config import ModelConfig
@@ -204,7 +204,7 @@ def _metrics(
   )
 
 
-def abstract_batch(config: TrainConfig, *, mesh: Mesh) -> Batch:
+def abstract_batch(config: TrainConfig, *, mesh: Mesh | AbstractMesh) -> Batch:
   """Shapes, dtypes and shardings of the batches that the step takes."""
   shape = (config.batch_size, config.sequence_length)
   sharding = batch_sharding(mesh)
@@ -223,7 +223,11 @@ def abstract_batch(config: TrainConfig, *, mesh: Mesh) -> Batch:
 
 
 def jit_train_step(
-  train_step: TrainStep, *, state: TrainState, batch: Batch, mesh: Mesh
+  train_step: TrainStep,
+  *,
+  state: TrainState,
+  batch: Batch,
+  mesh: Mesh | AbstractMesh,
 ) -> Any:
   """The step jitted and donated: the new state takes the old one's memory.
 

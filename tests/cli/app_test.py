@@ -58,7 +58,7 @@ def test_help_of_every_verb_names_its_flags_and_ends_with_0(commands):
     "import_hf": "source output param_dtype tokenizer",
     "inspect_routing": "model data text output [no]json parent split language"
     " max_tokens batch_size sequence_length dead min_count typical",
-    "plan": "config stage topology tokens output",
+    "plan": "config stage topology kind devices tokens best output",
     "prepare_data": "config output",
     "scale_out": "config stage source sources output num_experts top_k"
     " moe_layers target method redraw redraw_units noise noise_share"
