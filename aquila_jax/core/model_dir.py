@@ -27,7 +27,14 @@ import jax.numpy as jnp
 from etils import epath
 
 from aquila_jax import version
-from aquila_jax.core import array_store, axes, config, dtypes, errors
+from aquila_jax.core import (
+  array_store,
+  axes,
+  config,
+  dtypes,
+  errors,
+  processes,
+)
 from aquila_jax.core.lineage import Lineage
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.moments import AdamMoments
@@ -62,25 +69,36 @@ class StoredModel:
 def save_model(path: str | os.PathLike[str], model: StoredModel, *, axes: Any):
   """Writes a MODEL directory, whole or not at all.
 
+  Of several processes all call it, the first writes, and it is there when they
+  go on.
+
   Args:
     path: the directory; it must not exist.
-    model: what to write.
+    model: what to write; its arrays may be spread over processes.
     axes: the declared axes of the parameters, for the chunks.
 
   Raises:
     errors.UserError: where `path` exists.
   """
-  with new_directory(path) as partial:
-    array_store.write_tree(partial / "params", model.params, axes=axes)
-    if model.moments is not None:
-      array_store.write_tree(
-        partial / "optimizer",
-        _moments_tree(model.moments),
-        axes={"mu": axes, "nu": axes, "count": _COUNT_AXES},
-      )
-    if model.ema is not None:
-      array_store.write_tree(partial / "ema", model.ema, axes=axes)
-    _write_texts(partial, model)
+  if processes.is_first():
+    with new_directory(path) as partial:
+      _write_arrays(partial, model, axes=axes)
+      _write_texts(partial, model)
+  else:
+    _write_arrays(epath.Path(path), model, axes=axes)
+  processes.barrier(f"wrote {path}")
+
+
+def _write_arrays(directory: epath.Path, model: StoredModel, *, axes: Any):
+  array_store.write_tree(directory / "params", model.params, axes=axes)
+  if model.moments is not None:
+    array_store.write_tree(
+      directory / "optimizer",
+      _moments_tree(model.moments),
+      axes={"mu": axes, "nu": axes, "count": _COUNT_AXES},
+    )
+  if model.ema is not None:
+    array_store.write_tree(directory / "ema", model.ema, axes=axes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from aquila_jax.core import processes
 from aquila_jax.core.array_store import VOCAB_BLOCK
 from aquila_jax.core.axes import LeafAxes
 from aquila_jax.growth.axis_map import EMPTY, Powers
@@ -331,7 +332,7 @@ def _placed(
     return part.shape[dim] % int(np.prod([sizes[n] for n in names])) == 0
 
   spec = [e if fits(dim, e) else None for dim, e in enumerate(sharding.spec)]
-  return jax.device_put(
+  return processes.place(
     part,
     jax.sharding.NamedSharding(
       sharding.mesh, jax.sharding.PartitionSpec(*spec)

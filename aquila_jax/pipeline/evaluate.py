@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from aquila_jax.core import processes
 from aquila_jax.core.model_dir import load_model
 from aquila_jax.evaluation.results import Sample
 from aquila_jax.evaluation.scores import Scores
@@ -53,16 +54,20 @@ def evaluate_stage(context: Context, name: str, directory: epath.Path) -> None:
   if prompts and not is_causal(stored.config):
     context.say(f"{name}: no samples; {NOT_CAUSAL}")
     prompts = ()
-  texts = generate(text_model(stored), prompts, sampling=sampling)
-  record = {
-    "asked": asked,
-    "scores": scores.to_json(),
-    "samples": [
-      {"prompt": prompt, "text": found.text}
-      for prompt, found in zip(prompts, texts, strict=True)
-    ],
-  }
-  records.write(directory / "evaluation.json", record)
+
+  def write() -> None:
+    texts = generate(text_model(stored), prompts, sampling=sampling)
+    record = {
+      "asked": asked,
+      "scores": scores.to_json(),
+      "samples": [
+        {"prompt": prompt, "text": found.text}
+        for prompt, found in zip(prompts, texts, strict=True)
+      ],
+    }
+    records.write(directory / "evaluation.json", record)
+
+  processes.by_first(write, name=f"samples of {name}")
 
 
 def read_evaluation(
@@ -76,7 +81,7 @@ def read_evaluation(
   Returns:
     Scores and samples.
   """
-  found = records.read(directory / "evaluation.json")
+  found = records.read_here(directory / "evaluation.json")
   if found is None:
     return None, []
   samples = [Sample(**sample) for sample in found["samples"]]

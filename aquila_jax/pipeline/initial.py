@@ -157,7 +157,9 @@ class Start:
     def batches(train: TrainConfig):
       state = context.data_state(source.lineage, name=self.name)
       order = context.experiment.data.seed
-      text = prepared_input(context.data, train=train, seed=order)
+      text = prepared_input(
+        context.data, train=train, seed=order, mesh=context.mesh
+      )
       return text.batches(state)
 
     learned = learn_growth(

@@ -78,12 +78,12 @@ def _stage_result(
   earlier: dict[str, StageResult],
 ) -> StageResult:
   stage = experiment.stages[name]
-  opening = Opening(**(records.read(directory / "stage.json") or {}))
+  opening = Opening(**(records.read_here(directory / "stage.json") or {}))
   parent = budget.parent_stage(experiment, name)
   before = earlier.get(parent)
   total = counting.count(stage.model).total
   scores, samples = read_evaluation(directory)
-  result = records.read(directory / "result.json") or {}
+  result = records.read_here(directory / "result.json") or {}
   return StageResult(
     name=name,
     kind=stage.init.kind,

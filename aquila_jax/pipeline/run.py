@@ -14,6 +14,7 @@ import dataclasses
 
 from etils import epath
 
+from aquila_jax.core import processes
 from aquila_jax.core.experiment_config import ExperimentConfig
 from aquila_jax.evaluation.results import ReportInput
 from aquila_jax.pipeline import records
@@ -41,7 +42,7 @@ class Finished:
 
 def run_pipeline(
   experiment: ExperimentConfig, workdir: epath.Path, *, say: Say
-) -> Finished:
+) -> Finished | None:
   """Runs what is left to do of a pipeline.
 
   Args:
@@ -50,7 +51,7 @@ def run_pipeline(
     say: takes a line for the person at the terminal.
 
   Returns:
-    The report.
+    The report; None in other processes than the first.
 
   Raises:
     errors.UserError: on a config that does not fit, found before the first
@@ -80,7 +81,7 @@ def _run(
   directories: dict[str, epath.Path],
   *,
   say: Say,
-) -> Finished:
+) -> Finished | None:
   to_do = _to_do(directories)
   context = make_context(experiment, workdir, say=say)
 
@@ -107,5 +108,7 @@ def _run(
       say(f"stage {number} of {len(directories)}: {name}")
     run_stage(starts[name], directory)
     evaluate_stage(context, name, directory)
+  if not processes.is_first():
+    return None
   report, path = make_report(context, workdir, directories)
   return Finished(report=report, report_path=path, did_nothing=not to_do)

@@ -34,7 +34,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint import handlers
 
 from aquila_jax.core import config as config_lib
-from aquila_jax.core import disk, errors
+from aquila_jax.core import disk, errors, processes
 from aquila_jax.core.experiment_config import CheckpointConfig
 from aquila_jax.core.moments import AdamMoments, get_moments, set_moments
 from aquila_jax.core.types import TrainState
@@ -101,11 +101,11 @@ class Checkpoints:
     self._step: int | None = None  # is being saved, or was last
     self._is_checked = True  # the save of that step
     self._remover: threading.Thread | None = None
-    if jax.process_index() == 0:
+    if processes.is_first():
       directory.mkdir(parents=True, exist_ok=True)
       _remove_unfinished(directory)
       _move_damaged(directory)
-    ocp.multihost.sync_global_processes(f"aquila_jax:verified:{directory}")
+    processes.barrier("checkpoints verified")
     self._manager = ocp.CheckpointManager(
       os.fspath(directory),
       options=ocp.CheckpointManagerOptions(
@@ -229,7 +229,7 @@ class Checkpoints:
       self._manager.wait_until_finished()
     self._is_checked = True
     removed = self.directory / _REMOVED
-    if self._remover is None and jax.process_index() == 0 and removed.exists():
+    if self._remover is None and processes.is_first() and removed.exists():
       self._remover = threading.Thread(target=removed.rmtree, name="remover")
       self._remover.start()
 
