@@ -215,13 +215,12 @@ class Watch:
 
   def _pronounce(self, verdict: Verdict) -> Verdict:
     """Tells all, and gives them the time to hear it."""
-    text = json.dumps(dataclasses.asdict(verdict))
-    self._client.key_value_set(f"{_PREFIX}/verdict", text, allow_overwrite=True)
+    self._set("verdict", json.dumps(dataclasses.asdict(verdict)))
     self._closed.wait(2 * self._every_s + 0.5)
     return verdict
 
   def _hear(self) -> Verdict | None:
-    found = dict(self._client.key_value_dir_get(f"{_PREFIX}/verdict"))
+    found = dict(self._client.key_value_dir_get(f"{_PREFIX}/verdict/"))
     for value in found.values():
       return Verdict(**json.loads(value))
     return None
@@ -259,12 +258,9 @@ class Watch:
     )
     text = json.dumps(dataclasses.asdict(verdict))
     try:
+      self._set("verdict" if self._settings.is_first else "ended", text)
       if self._settings.is_first:
-        key = f"{_PREFIX}/verdict"
-        self._client.key_value_set(key, text, allow_overwrite=True)
         time.sleep(2 * self._every_s + 0.5)  # they must hear it from us
-      else:
-        self._set("ended", text)
     except jax.errors.JaxRuntimeError:
       pass  # there is nobody to tell
 
