@@ -121,7 +121,7 @@ def _check_free(settings: Settings) -> None:
   except OSError as error:
     raise errors.UserError(
       f"--coordinator={settings.coordinator}: process 0 cannot listen on port"
-      f" {port}: {error.strerror}"
+      f" {port}: {os.strerror(error.errno or 0)}"
     ) from error
 
 
