@@ -59,6 +59,7 @@ _JSON = flags.DEFINE_bool(
   "json", False, "Prints prompt, text, tokens and what ended them as JSON."
 )
 _SEED = model_flags.define_seed("Of the sampling.")
+_MESH = model_flags.define_mesh()
 
 
 def main() -> None:
@@ -71,7 +72,12 @@ def main() -> None:
     seed=_SEED.value,
   )
   model = text_model(
-    model_flags.load(_MODEL.value, flag="model", with_optimizer=False)
+    model_flags.load(
+      _MODEL.value,
+      flag="model",
+      with_optimizer=False,
+      mesh=model_flags.mesh_of(_MESH.value),
+    )
   )
   sampling = dataclasses.replace(sampling, stop_tokens=_stop_tokens(model))
   enable_compilation_cache()

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import jax
 import tokenizers
 from absl import flags, logging
 from etils import epath
+from jax.sharding import Mesh
 
 from aquila_jax.core import config as config_lib
 from aquila_jax.core import errors, files
-from aquila_jax.core.experiment_config import LARGEST_SEED, ExperimentConfig
+from aquila_jax.core.experiment_config import (
+  LARGEST_SEED,
+  ExperimentConfig,
+  MeshConfig,
+)
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.model_dir import (
   ModelReader,
@@ -29,6 +37,7 @@ from aquila_jax.pipeline.context import say_on_stderr
 from aquila_jax.planning import counting
 from aquila_jax.sharding.explain import explain
 from aquila_jax.sharding.mesh import make_mesh
+from aquila_jax.sharding.rules import param_shardings
 
 T = TypeVar("T")
 
@@ -222,13 +231,72 @@ def build(cls: type[T], **values: Any) -> T:
     raise errors.UserError(message) from error
 
 
-def load(path: str, *, flag: str, with_optimizer: bool = True) -> StoredModel:
-  """The MODEL that a flag names."""
+def define_mesh() -> flags.FlagHolder:
+  """Defines --mesh, for the commands that only read a MODEL."""
+  return flags.DEFINE_list(
+    "mesh",
+    [],
+    "Devices that the MODEL is spread over, as in tensor=4 or"
+    " expert=4,tensor=2; axes that are not named are 1.",
+  )
+
+
+def mesh_of(given: Sequence[str]) -> Mesh | None:
+  """The mesh that --mesh describes, of the first devices; None without it.
+
+  Raises:
+    errors.UserError: where it does not, or there are fewer devices.
+  """
+  if not given:
+    return None
+  shown = f"--mesh={','.join(given)}"
+  sizes: dict[str, Any] = {"data": 1}
+  for part in given:
+    name, _, size = part.partition("=")
+    if not size.isdecimal():
+      raise errors.UserError(f"{shown}: expected axes as in tensor=4")
+    sizes[name] = int(size)
+  try:
+    config = config_lib.build(MeshConfig, sizes, path="mesh")
+  except errors.UserError as error:
+    raise errors.UserError(f"{shown}: {error}") from error
+  needed = math.prod(dataclasses.astuple(config))
+  devices = jax.devices()
+  if needed > len(devices):
+    raise errors.UserError(
+      f"{shown}: needs {needed} devices; there are {len(devices)}"
+    )
+  return make_mesh(config, devices[:needed])
+
+
+def load(
+  path: str,
+  *,
+  flag: str,
+  with_optimizer: bool = True,
+  mesh: Mesh | None = None,
+) -> StoredModel:
+  """The MODEL that a flag names, its parameters spread over a mesh.
+
+  Raises:
+    errors.UserError: where it cannot be read, or the mesh does not divide it.
+  """
+
+  def like(config: ModelConfig) -> Any:
+    shapes = decoder_lm.abstract_params(config)
+    if mesh is None:
+      return shapes
+    shardings = param_shardings(decoder_lm.parameter_axes(config), shapes, mesh)
+    return jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding
+      ),
+      shapes,
+      shardings,
+    )
+
   return load_model(
-    path,
-    like=decoder_lm.abstract_params,
-    with_optimizer=with_optimizer,
-    what=f"--{flag}",
+    path, like=like, with_optimizer=with_optimizer, what=f"--{flag}"
   )
 
 

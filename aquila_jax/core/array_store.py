@@ -8,6 +8,7 @@ that names the leaf, not a silently different model.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import threading
@@ -20,6 +21,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 from flax import traverse_util
+from jax.sharding import NamedSharding
 
 from aquila_jax.core import errors, processes
 from aquila_jax.core.axes import LeafAxes
@@ -220,7 +222,8 @@ def read_tree(directory: epath.Path, like: Any) -> Any:
 
   Args:
     directory: of `write_tree`, or an Orbax checkpoint of that layout.
-    like: nested dicts of anything with `shape` and `dtype`.
+    like: nested dicts of anything with `shape` and `dtype`. A leaf with a
+      NamedSharding is read in the parts that devices have, and goes there.
 
   Returns:
     The arrays, in the structure of `like`.
@@ -230,15 +233,30 @@ def read_tree(directory: epath.Path, like: Any) -> Any:
       dtype, or whose bytes fail their checksum; it names the leaf.
   """
   reader = TreeReader(directory, like)
-  keys = [keys for keys, _ in _named_leaves(like)]
-  reads = {k: reader.start(".".join(k)) for k in keys}
+  leaves = dict(_named_leaves(like))
+  spread = {
+    k: leaf
+    for k, leaf in leaves.items()
+    if isinstance(getattr(leaf, "sharding", None), NamedSharding)
+  }
+  reads = {k: reader.start(".".join(k)) for k in leaves if k not in spread}
   return traverse_util.unflatten_dict(
     {
       # jnp.asarray would compile a program for each shape.
-      k: jax.device_put(reader.finish(".".join(k), read))
-      for k, read in reads.items()
+      k: jax.device_put(reader.finish(".".join(k), reads[k]))
+      if k in reads
+      else jax.make_array_from_callback(
+        leaf.shape,
+        leaf.sharding,
+        functools.partial(_read_part, reader, ".".join(k)),
+      )
+      for k, leaf in leaves.items()
     }
   )
+
+
+def _read_part(reader: TreeReader, name: str, index: Any) -> np.ndarray:
+  return reader.read(name, index=index)
 
 
 def _damaged(

@@ -566,6 +566,7 @@ class MeshConfig:
   data: int = -1
   fsdp: int = 1
   expert: int = 1
+  sequence: int = 1
   tensor: int = 1
 
   def __post_init__(self):
@@ -573,8 +574,8 @@ class MeshConfig:
     require(
       all(size >= 1 or size == -1 for size in sizes)
       and sum(size == -1 for size in sizes) <= 1,
-      f"mesh sizes {sizes} (data, fsdp, expert, tensor): need >= 1 each, at"
-      " most one -1",
+      f"mesh sizes {sizes} (data, fsdp, expert, sequence, tensor): need >= 1"
+      " each, at most one -1",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -68,7 +69,8 @@ class Evaluator:
     batch_size: rows at a time.
     sequence_length: T.
     max_tokens: of a language; 0 is the whole split.
-    sharding: where the rows of a batch lie; None leaves it to JAX.
+    sharding: where the rows of a batch lie; None leaves it to JAX. Its mesh
+      must divide the model as sharding/rules.py says.
   """
 
   def __init__(
@@ -121,7 +123,7 @@ class Evaluator:
     Returns:
       The scores.
     """
-    params = self._on_mesh(params)
+    params = self._spread(params)
     return Scores(
       split=self._split,
       languages={
@@ -156,14 +158,14 @@ class Evaluator:
     Returns:
       As `chosen_experts`, the rows of all languages behind each other.
     """
-    found = [
-      processes.fetch(
-        _experts(
-          self._config, params, self._placed(batches[0]), mask_value=mask_value
-        )[0]
-      )
-      for batches in self._batches.values()
-    ]
+    found = []
+    for batches in self._batches.values():
+      batch = self._placed(batches[0])
+      with self._on_mesh():
+        experts, _ = _experts(
+          self._config, params, batch, mask_value=mask_value
+        )
+      found.append(processes.fetch(experts))
     return np.concatenate(found, axis=1)
 
   def _score(
@@ -184,9 +186,16 @@ class Evaluator:
     self, params: Params, batch: Batch, mask_value: float | None
   ) -> Float[Array, "B T"]:
     batch = self._placed(batch)
-    return _target_nats(self._config, params, batch, mask_value)
+    with self._on_mesh():
+      return _target_nats(self._config, params, batch, mask_value)
 
-  def _on_mesh(self, params: Params) -> Params:
+  def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+    """For what the compiler cannot divide, as in a training step."""
+    if self._sharding is None:
+      return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(self._sharding.mesh.abstract_mesh)
+
+  def _spread(self, params: Params) -> Params:
     """Parameters that each of several processes has, where they belong."""
     if self._sharding is None or not processes.are_several():
       return params

@@ -11,6 +11,7 @@ then append to the cache at one place.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from aquila_jax.core.model_config import ModelConfig
@@ -251,6 +253,18 @@ def step_params(params: Params, config: ModelConfig) -> Params:
   if len(devices) != 1 or devices.pop().platform != "cpu":
     return params
   return decoder_lm.list_layers(params, config, split=_views)
+
+
+def mesh_of(params: Params) -> contextlib.AbstractContextManager[Any]:
+  """The context in which programs of these parameters are traced.
+
+  What the compiler cannot divide over several devices divides itself by it.
+  """
+  for leaf in jax.tree.leaves(params):
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+      return jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh)
+  return contextlib.nullcontext()
 
 
 def is_listed(params: Params) -> bool:

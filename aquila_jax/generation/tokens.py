@@ -83,7 +83,7 @@ def generate_tokens(
 
   Args:
     config: of the model.
-    params: of the model.
+    params: of the model; where they are spread over a mesh, so is the work.
     prompts: ids, in lists of any lengths or, with `mask`, in an array that is
       padded on the left, on the right, or both.
     sampling: the options. There is no tokenizer here, so that
@@ -194,37 +194,40 @@ class _Run:
   context_length: int
 
   def prefill(self) -> decoding.Decoding:
-    return decoding.prefill_once(
-      self.config,
-      self.params,
-      self.prompts,
-      self.lengths,
-      chooser=self.chooser,
-      stop_tokens=self.stop_tokens,
-      max_new_tokens=self.room,
-      listed=decoding.is_listed(self.step_params),
-    )
+    with decoding.mesh_of(self.params):
+      return decoding.prefill_once(
+        self.config,
+        self.params,
+        self.prompts,
+        self.lengths,
+        chooser=self.chooser,
+        stop_tokens=self.stop_tokens,
+        max_new_tokens=self.room,
+        listed=decoding.is_listed(self.step_params),
+      )
 
   def step(self, state: decoding.Decoding) -> decoding.Decoding:
-    return decoding.advance_once(
-      self.config,
-      self.step_params,
-      state,
-      chooser=self.chooser,
-      stop_tokens=self.stop_tokens,
-    )
+    with decoding.mesh_of(self.params):
+      return decoding.advance_once(
+        self.config,
+        self.step_params,
+        state,
+        chooser=self.chooser,
+        stop_tokens=self.stop_tokens,
+      )
 
   def to_end(
     self, state: decoding.Decoding, *, limit: int
   ) -> decoding.Decoding:
-    return decoding.advance_to_end(
-      self.config,
-      self.step_params,
-      state,
-      chooser=self.chooser,
-      stop_tokens=self.stop_tokens,
-      limit=np.asarray(limit, np.int32),
-    )
+    with decoding.mesh_of(self.params):
+      return decoding.advance_to_end(
+        self.config,
+        self.step_params,
+        state,
+        chooser=self.chooser,
+        stop_tokens=self.stop_tokens,
+        limit=np.asarray(limit, np.int32),
+      )
 
   def ended(self, row: int, chosen: list[int]) -> TokenGeneration:
     """What became of a row, from all tokens chosen for it."""

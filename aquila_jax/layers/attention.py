@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,11 +18,11 @@ from aquila_jax.kernels.attention.mesh_axes import MeshAxes
 from aquila_jax.kernels.attention.reference import attend, causal_mask
 from aquila_jax.layers import rotary
 from aquila_jax.layers.norm import RMSNorm
-from aquila_jax.sharding.mesh import BATCH_AXES
-from aquila_jax.sharding.rules import STORAGE
+from aquila_jax.sharding.rules import COMPUTE, constrained
 
-# Kernels that the compiler cannot divide are told how heads lie.
-_MESH_AXES = MeshAxes(rows=BATCH_AXES, kv_heads=STORAGE["kv_head"])
+# What the compiler cannot divide is told how heads lie.
+_MESH_AXES = MeshAxes(rows=COMPUTE["row"], kv_heads=COMPUTE["kv_head"])
+_DIVIDED_TOKENS = dataclasses.replace(_MESH_AXES, tokens=COMPUTE["token"])
 
 
 class KVCache(struct.PyTreeNode):
@@ -70,9 +72,15 @@ class Attention(nn.Module):
 
   A query kernel is [D, K, G, H]: head growth inside the groups is plain growth
   of its `q_per_kv` axis.
+
+  Attributes:
+    config: of the decoder.
+    token_parts: devices over which the tokens of a row lie, by
+      core/token_order.py; a cache has them on one.
   """
 
   config: ModelConfig
+  token_parts: int = 1
 
   @nn.compact
   def __call__(
@@ -112,9 +120,10 @@ class Attention(nn.Module):
         implementation="xla"
         if self.is_initializing()
         else config.attention_implementation,
-        mesh_axes=_MESH_AXES,
+        mesh_axes=_DIVIDED_TOKENS if self.token_parts > 1 else _MESH_AXES,
       )
     else:
+      assert self.token_parts == 1
       mask_offset = cache.length
       cache = _append(cache, key=key, value=value, segments=segments)
       mask = causal_mask(
@@ -161,7 +170,7 @@ class Attention(nn.Module):
     if config.qkv_bias:
       bias = self._bias(name, (*head_axes, "head_dim"))
       heads = heads + bias.astype(x.dtype)[None, None]
-    return heads
+    return constrained(heads, "row", "token", *head_axes, "head_dim")
 
   def _bias(
     self, name: str, written: tuple[str, ...]

@@ -14,6 +14,7 @@ from aquila_jax.core import axes
 from aquila_jax.core.axes import Axis
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.layers.linear import project
+from aquila_jax.sharding.rules import constrained
 
 # The kernels of one FFN and their axes. A mixture has the same three names with
 # an `expert` axis in front, so that Scale-Out is: this leaf gains that axis.
@@ -89,4 +90,5 @@ class FeedForward(nn.Module):
     kernels = (gate, up, mask_rows(down, mask))
     gate, up, down = (kernel.astype(x.dtype) for kernel in kernels)
     hidden = jax.nn.silu(project(x, gate)) * project(x, up)
-    return project(hidden, down)
+    axis = dense_kernel_axes(self.config)["down_kernel"][0].name
+    return project(constrained(hidden, "row", "token", axis), down)

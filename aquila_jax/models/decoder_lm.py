@@ -33,6 +33,8 @@ from aquila_jax.layers.norm import RMSNorm
 from aquila_jax.models import growth_mask, layer_runs
 from aquila_jax.models.growth_mask import NO_MASKS, Masks
 from aquila_jax.models.mixed_layers import mixed_layers
+from aquila_jax.sharding import sequence
+from aquila_jax.sharding.rules import constrained
 
 
 class DecoderOutput(struct.PyTreeNode):
@@ -79,10 +81,13 @@ class Block(nn.Module):
     config: of the decoder.
     has_experts: whether this layer is one of `config.moe_layers`; of no
       account where the decoder has none.
+    token_parts: devices over which the tokens of a row lie, by
+      core/token_order.py.
   """
 
   config: ModelConfig
   has_experts: bool = True
+  token_parts: int = 1
 
   @nn.compact
   def __call__(
@@ -97,7 +102,14 @@ class Block(nn.Module):
   ) -> tuple[Float[Array, "B T D"], tuple[RoutingStats | None, KVCache | None]]:
     """`share` is how much the layer counts, this one's of `masks.layers`."""
     x, normed, cache = _first_half(
-      self.config, x, cache, positions, segments, share, masks
+      self.config,
+      x,
+      cache,
+      positions,
+      segments,
+      share,
+      masks,
+      token_parts=self.token_parts,
     )
     if self.config.moe is None or not self.has_experts:
       # A stack of both kinds has each under a name of its own.
@@ -105,9 +117,9 @@ class Block(nn.Module):
       name = layer_runs.EXPERTS if uniform else layer_runs.DENSE
       out = FeedForward(self.config, name=name)(normed, mask=masks.mlp)
       return add(x, out, share), (None, cache)
-    out, stats = MoeFeedForward(self.config, name="mlp")(
-      normed, segments=segments, mask=masks.mlp, groups=groups
-    )
+    out, stats = MoeFeedForward(
+      self.config, token_parts=self.token_parts, name="mlp"
+    )(normed, segments=segments, mask=masks.mlp, groups=groups)
     return add(x, out, share), (stats, cache)
 
 
@@ -132,9 +144,13 @@ class FirstHalf(nn.Module):
     return x, normed
 
 
-def _first_half(config, x, cache, positions, segments, share, masks):
+def _first_half(
+  config, x, cache, positions, segments, share, masks, *, token_parts=1
+):
   """Attention and both norms; a part of the module that calls it."""
-  attended, cache = Attention(config, name="attention")(
+  attended, cache = Attention(
+    config, token_parts=token_parts, name="attention"
+  )(
     _norm(config, "attention_norm")(x, masks.embed),
     positions=positions,
     segments=segments,
@@ -151,7 +167,8 @@ def add(
   share: Float[Array, ""] | None,
 ) -> Float[Array, "B T D"]:
   """The residual and a layer's output, which counts by `share`."""
-  return x + (out if share is None else out * share.astype(out.dtype))
+  out = out if share is None else out * share.astype(out.dtype)
+  return constrained(x + out, "row", "token", "embed")
 
 
 _REMAT_POLICIES = {
@@ -211,7 +228,12 @@ class DecoderLM(nn.Module):
     config = self.config
     masks = growth_mask.make_masks(config, mask_value)
     embedding = Embedding(config, name="embedding")
-    x = embedding(tokens)
+    parts = 1 if cache is not None else sequence.token_parts(tokens.shape[1])
+    if parts > 1:
+      given = (tokens, positions, segments, groups)
+      given = jax.tree.map(sequence.dealt, given)
+      tokens, positions, segments, groups = given
+    x = constrained(embedding(tokens), "row", "token", "embed")
     scan = self._scan_mixed if config.is_mixed else self._scan
     layers: Any = self._list if self.listed else scan
     x, routing, cache = layers(
@@ -221,7 +243,10 @@ class DecoderLM(nn.Module):
       segments=segments,
       masks=masks,
       groups=groups,
+      token_parts=parts,
     )
+    if parts > 1:
+      x = sequence.in_row_order(x)
     if last_only:
       x = x[:, -1:]
     x = final_norm(config)(x, masks.embed)
@@ -229,6 +254,7 @@ class DecoderLM(nn.Module):
       logits = embedding.attend(x)
     else:
       logits = LMHead(config, name="lm_head")(x)
+    logits = constrained(logits, "row", "token", "vocab")
     routing = growth_mask.weigh_losses(routing, config, masks)
     return DecoderOutput(logits=logits, routing=routing, cache=cache)
 
@@ -241,6 +267,7 @@ class DecoderLM(nn.Module):
     segments: Int[Array, "B T"],
     masks: Masks,
     groups: Float[Array, "B T I"] | None,
+    token_parts: int,
   ) -> tuple[Float[Array, "B T D"], RoutingStats | None, KVCache | None]:
     layers = nn.scan(
       self._block(),
@@ -254,7 +281,7 @@ class DecoderLM(nn.Module):
       unroll=1 if self.config.scan_layers else self.config.num_layers,
       metadata_params={nn.meta.PARTITION_NAME: "layer"},
       check_constancy_invariants=self._draws(),
-    )(self.config, name="layers")
+    )(self.config, token_parts=token_parts, name="layers")
     x, (routing, cache) = layers(
       x, cache, positions, segments, masks.layers, masks, groups
     )
@@ -269,10 +296,12 @@ class DecoderLM(nn.Module):
     segments: Int[Array, "B T"],
     masks: Masks,
     groups: Float[Array, "B T I"] | None,
+    token_parts: int,
   ) -> tuple[Float[Array, "B T D"], RoutingStats, KVCache | None]:
     layers: Any = mixed_layers(
       self.config,
       self._block(),
+      token_parts=token_parts,
       initializing=self.is_initializing(),
       draws=self._draws(),
     )
@@ -287,6 +316,7 @@ class DecoderLM(nn.Module):
     segments: Int[Array, "B T"],
     masks: Masks,
     groups: Float[Array, "B T I"] | None,
+    token_parts: int,
   ) -> tuple[Float[Array, "B T D"], RoutingStats | None, ListedCache | None]:
     block = self._block()
     routings, caches = [], []
@@ -296,6 +326,7 @@ class DecoderLM(nn.Module):
       layer = block(
         self.config,
         has_experts=i in self.config.moe_layers,
+        token_parts=token_parts,
         name=_layer_name(i),
       )
       x, (routing, one) = layer(

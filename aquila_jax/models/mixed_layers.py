@@ -34,13 +34,19 @@ from aquila_jax.models.layer_runs import DENSE, EXPERTS, Run
 
 
 def mixed_layers(
-  config: ModelConfig, block: Any, *, initializing: bool, draws: bool
+  config: ModelConfig,
+  block: Any,
+  *,
+  token_parts: int,
+  initializing: bool,
+  draws: bool,
 ) -> nn.Module:
   """The module, named `layers`, with the parameters of the stack.
 
   Args:
     config: of the decoder.
     block: the class of a layer.
+    token_parts: see decoder_lm.Block.
     initializing: whether parameters are made.
     draws: whether layers draw numbers that are used.
 
@@ -57,7 +63,7 @@ def mixed_layers(
     ),
     init=initializing,
   )
-  return mapped(config, block, draws, name="layers")
+  return mapped(config, block, token_parts, draws, name="layers")
 
 
 def stack_captured(captured: Any, config: ModelConfig) -> Any:
@@ -111,6 +117,7 @@ class _MixedLayers(nn.Module):
 
   config: ModelConfig
   block: Any
+  token_parts: int
   draws: bool
 
   @nn.compact
@@ -140,7 +147,13 @@ class _MixedLayers(nn.Module):
         unroll=1 if self.config.scan_layers else run.repeats,
         metadata_params={nn.meta.PARTITION_NAME: "layer"},
         check_constancy_invariants=self.draws,
-      )(self.config, self.block, run.kinds, name=layer_runs.run_name(r))
+      )(
+        self.config,
+        self.block,
+        run.kinds,
+        self.token_parts,
+        name=layer_runs.run_name(r),
+      )
       x, (routing, grown) = scanned(
         x, rows(cache), positions, segments, rows(masks.layers), masks, groups
       )
@@ -157,6 +170,7 @@ class _RunOfBlocks(nn.Module):
   config: ModelConfig
   block: Any
   kinds: tuple[bool, ...]
+  token_parts: int
 
   @nn.compact
   def __call__(
@@ -173,7 +187,10 @@ class _RunOfBlocks(nn.Module):
     routings, grown = [], []
     for i, has_experts in enumerate(self.kinds):
       layer = self.block(
-        self.config, has_experts=has_experts, name=layer_runs.block_name(i)
+        self.config,
+        has_experts=has_experts,
+        token_parts=self.token_parts,
+        name=layer_runs.block_name(i),
       )
       cache, share = jax.tree.map(lambda leaf, i=i: leaf[i], (caches, shares))
       x, (routing, cache) = layer(

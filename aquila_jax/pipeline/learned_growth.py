@@ -66,6 +66,7 @@ from aquila_jax.growth.ligo import Operator
 from aquila_jax.growth.scale_up import model_sizes
 from aquila_jax.models import decoder_lm
 from aquila_jax.planning import counting
+from aquila_jax.sharding.mesh import on_mesh
 from aquila_jax.sharding.rules import param_shardings
 from aquila_jax.training import inputs, losses
 from aquila_jax.training import state as state_lib
@@ -300,7 +301,7 @@ def _learn(
   state = state_lib.create_state(operator, optimizer=optimizer)
   state = processes.place(state, jax.tree.map(lambda _: everywhere, state))
   jitted = jax.jit(
-    _make_step(job, train=train, optimizer=optimizer),
+    on_mesh(_make_step(job, train=train, optimizer=optimizer), job.mesh),
     donate_argnums=0,
     # Else the compiler spreads matrices as it spreads what they multiply, and
     # the next step refuses them.

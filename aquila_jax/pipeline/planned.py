@@ -18,7 +18,7 @@ from aquila_jax.pipeline import budget
 from aquila_jax.planning import counting, step_plan, tpu_program
 from aquila_jax.planning.step_plan import Memory, StepPlan
 from aquila_jax.planning.tpu_schedule import Clock, Schedule
-from aquila_jax.sharding.mesh import BATCH_AXES, make_mesh
+from aquila_jax.sharding.mesh import BATCH_AXES, SEQUENCE_AXIS, make_mesh
 from aquila_jax.training.program import Program, make_program
 
 _OUT_OF_MEMORY = re.compile(r"Ran out of memory[^\n]*")
@@ -69,7 +69,7 @@ def plan_step(
         stage.model,
         num_tokens=stage.train.tokens_per_step
         // stage.train.num_microbatches
-        // math.prod(mesh.shape[axis] for axis in BATCH_AXES),
+        // math.prod(mesh.shape[a] for a in (*BATCH_AXES, SEQUENCE_AXIS)),
         expert_devices=mesh.shape["expert"],
       ),
     )

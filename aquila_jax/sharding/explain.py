@@ -9,13 +9,15 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from aquila_jax.core.axes import path_name
-from aquila_jax.sharding.rules import param_shardings
+from aquila_jax.sharding.rules import COMPUTE, param_shardings
 
 _COLUMNS = ("leaf", "shape", "axes", "lies over", "a device", "bytes a device")
 
 
 def explain(axes: Any, shapes: Any, *, mesh: Mesh) -> str:
   """A line a leaf: shape, axes, mesh axes, what a device has of it.
+
+  The last line is of what is computed, by the table COMPUTE.
 
   Args:
     axes: the `LeafAxes` of every parameter.
@@ -65,8 +67,19 @@ def explain(axes: Any, shapes: Any, *, mesh: Mesh) -> str:
       *lines,
       f"{total:,} bytes of parameters a device, of {whole:,}; Adam's moments"
       " and an EMA lie as they do, in float32",
+      f"in a step: {_computed(mesh)}",
     ]
   )
+
+
+def _computed(mesh: Mesh) -> str:
+  """As in `row: data and fsdp, mlp: tensor`; of axes with several devices."""
+  found = []
+  for name, axes in COMPUTE.items():
+    kept = [axis for axis in axes if mesh.shape[axis] > 1]
+    if kept:
+      found.append(f"{name}: {' and '.join(kept)}")
+  return ", ".join(found) or "whole everywhere"
 
 
 def _sizes(shape: tuple[int, ...]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -17,12 +19,14 @@ from aquila_jax.core.types import Device
 # devices that hold different experts would otherwise repeat all that is not an
 # expert, and a dense stage of the same pipeline would leave them idle.
 BATCH_AXES = ("data", "fsdp", "expert")
+# The axis over which the tokens of each row are.
+SEQUENCE_AXIS = "sequence"
 
 
 def make_mesh(
   config: MeshConfig, devices: Sequence[Device] | None = None
 ) -> Mesh:
-  """A mesh of the axes data, fsdp, expert and tensor, in this order.
+  """A mesh of data, fsdp, expert, sequence and tensor, in this order.
 
   Axes are `AxisType.Auto`: arrays carry their sharding and XLA propagates it,
   where `jax.make_mesh` by itself would ask every operation for a typed one.
@@ -53,8 +57,29 @@ def make_mesh(
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows divided over `BATCH_AXES`, everything after them whole."""
-  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+  """Rows divided over `BATCH_AXES`, their tokens over `SEQUENCE_AXIS`."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES, SEQUENCE_AXIS))
+
+
+def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+  """The function, traced with a mesh in the context.
+
+  What the compiler cannot divide divides itself by it, in shard_map.
+
+  Args:
+    function: to be jitted.
+    mesh: of its arguments.
+
+  Returns:
+    A function of the same name.
+  """
+
+  @functools.wraps(function)
+  def call(*args, **kwargs):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return function(*args, **kwargs)
+
+  return call
 
 
 def nearest_divisors(number: int, wanted: int) -> list[int]:

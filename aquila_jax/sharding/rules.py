@@ -1,7 +1,8 @@
-"""Where parameters lie: one table from logical axis to mesh axis.
+"""Where arrays lie: two tables from logical axis to mesh axes.
 
-The declaration of a leaf's axes (core/axes.py) is all that decides. Adam's
-moments and the EMA lie where their parameters lie.
+STORAGE is of what is held from step to step, and the declaration of a leaf's
+axes (core/axes.py) is all that decides: Adam's moments and the EMA lie where
+their parameters lie. COMPUTE is of what a step computes.
 """
 
 from __future__ import annotations
@@ -15,25 +16,47 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from aquila_jax.core import errors
 from aquila_jax.core.axes import LeafAxes
-from aquila_jax.sharding.mesh import nearest_divisors
+from aquila_jax.sharding.mesh import (
+  BATCH_AXES,
+  SEQUENCE_AXIS,
+  nearest_divisors,
+)
+
+# The mesh axes that parameters are gathered over where they are used. Devices
+# that share rows, by `sequence`, need not each hold all of them either.
+GATHERED = ("fsdp", "sequence")
 
 # Storage: logical axis -> mesh axes. `layer` is scanned and `head_dim` is what
 # RoPE pairs up, so neither is cut; `q_per_kv` follows its group. A mesh axis
 # cuts a leaf once, along the first of its dimensions that names it: so what is
-# gathered of an FFN over `fsdp` are rows, of a kernel that reads `embed` and of
-# one that writes it. Columns would come interleaved, to be copied into place.
+# gathered of an FFN are rows, of a kernel that reads `embed` and of one that
+# writes it. Columns would come interleaved, to be copied into place.
 STORAGE: dict[str, tuple[str, ...]] = {
   "layer": (),
   "vocab": ("tensor",),
-  "embed": ("fsdp",),
+  "embed": GATHERED,
   "kv_head": ("tensor",),
   "q_per_kv": (),
   "head_dim": (),
-  "mlp": ("tensor", "fsdp"),
+  "mlp": ("tensor", *GATHERED),
   "expert": ("expert",),
-  "dense_mlp": ("tensor", "fsdp"),
-  "shared_mlp": ("tensor", "fsdp"),
+  "dense_mlp": ("tensor", *GATHERED),
+  "shared_mlp": ("tensor", *GATHERED),
   "shared_expert": (),
+}
+
+# Compute: axis of an activation -> mesh axes. Between layers a token is whole.
+COMPUTE: dict[str, tuple[str, ...]] = {
+  "row": BATCH_AXES,
+  "token": (SEQUENCE_AXIS,),
+  "vocab": ("tensor",),
+  "embed": (),
+  "kv_head": ("tensor",),
+  "q_per_kv": (),
+  "head_dim": (),
+  "mlp": ("tensor",),
+  "dense_mlp": ("tensor",),
+  "shared_mlp": ("tensor",),
 }
 
 # Where the user sets the size of an axis that must be divided evenly. `vocab`
@@ -88,13 +111,15 @@ def spec_of(
 ) -> PartitionSpec:
   """As `leaf_spec`, of axes by their names.
 
-  Of an axis with two mesh axes the first must divide it, the second may.
+  Of an axis with several mesh axes the first must divide it, the others may.
   """
   entries, used = [], set()
   for name, size in zip(names, shape, strict=True):
     taken: list[str] = []
     for mesh_axis in STORAGE[name]:
       if mesh_axis in used or mesh_axis not in mesh.shape:
+        continue
+      if mesh.shape[mesh_axis] == 1 and mesh_axis != STORAGE[name][0]:
         continue
       rest = size // math.prod(mesh.shape[axis] for axis in taken)
       if rest % mesh.shape[mesh_axis] == 0:
@@ -104,6 +129,31 @@ def spec_of(
     used.update(taken)
     entries.append(tuple(taken) if len(taken) > 1 else next(iter(taken), None))
   return PartitionSpec(*entries)
+
+
+def constrained(x: jax.Array, *names: str) -> jax.Array:
+  """An activation where the table COMPUTE says, on the context's mesh.
+
+  An axis that its mesh axes do not divide together is whole.
+
+  Args:
+    x: any array of a step.
+    names: of its axes, keys of COMPUTE.
+
+  Returns:
+    The same values.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.size <= 1 or mesh.manual_axes:
+    return x
+  entries = []
+  for name, size in zip(names, x.shape, strict=True):
+    taken = tuple(axis for axis in COMPUTE[name] if axis in mesh.shape)
+    parts = math.prod(mesh.shape[axis] for axis in taken)
+    entries.append(taken if size % parts == 0 else None)
+  return jax.lax.with_sharding_constraint(
+    x, NamedSharding(mesh, PartitionSpec(*entries))
+  )
 
 
 def _indivisible(

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from aquila_jax.core import errors, processes
+from aquila_jax.core import errors, processes, token_order
 from aquila_jax.core.experiment_config import TrainConfig
 from aquila_jax.core.types import Batch
 from aquila_jax.data import loader
 from aquila_jax.data.loader import DataState
 from aquila_jax.data.prepared import PreparedData
-from aquila_jax.sharding.mesh import BATCH_AXES, batch_sharding
+from aquila_jax.sharding.mesh import BATCH_AXES, SEQUENCE_AXIS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ def prepared_input(
   """
   rows = None
   if mesh is not None:
-    rows = local_rows(batch_sharding(mesh), train.batch_size)
+    rows = local_rows(mesh, train.batch_size)
 
   def batches(state: DataState) -> Iterator[tuple[Batch, DataState]]:
     return loader.train_batches(
@@ -71,25 +71,24 @@ def prepared_input(
   )
 
 
-def local_rows(
-  sharding: NamedSharding, batch_size: int
-) -> tuple[int, ...] | None:
+def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...] | None:
   """The rows of a batch that lie on this process's devices, in rising order.
 
   Two processes have a row in common where a mesh axis that divides no rows goes
   from one to the other.
 
   Args:
-    sharding: of a batch.
+    mesh: of the devices of all processes.
     batch_size: of the whole.
 
   Returns:
     The rows; None where they are all of them, or cannot be divided, which
     `check_batch_divides` says better.
   """
-  parts = math.prod(sharding.mesh.shape[axis] for axis in BATCH_AXES)
+  parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
   if not processes.are_several() or batch_size % parts:
     return None
+  sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
   indices = sharding.addressable_devices_indices_map((batch_size,))
   found: set[int] = set()
   for index in indices.values():
@@ -110,7 +109,8 @@ def place(batch: Batch, *, like: Batch) -> Batch:
   """
   sharding, size = like.tokens.sharding, like.tokens.shape[0]
   assert isinstance(sharding, NamedSharding)
-  rows = local_rows(sharding, size) or range(size)
+  assert isinstance(sharding.mesh, Mesh)
+  rows = local_rows(sharding.mesh, size) or range(size)
 
   def placed(values, leaf):
     values = np.asarray(values, leaf.dtype)
@@ -118,7 +118,7 @@ def place(batch: Batch, *, like: Batch) -> Batch:
     def part(index):
       wanted = range(size)[index[0]]
       first = bisect.bisect_left(rows, wanted.start)
-      return values[first : first + len(wanted)]
+      return values[first : first + len(wanted)][(slice(None), *index[1:])]
 
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
 
@@ -126,7 +126,7 @@ def place(batch: Batch, *, like: Batch) -> Batch:
 
 
 def check_batch_divides(config: TrainConfig, *, like: Batch, path: str) -> None:
-  """Refuses a batch whose microbatches cannot be spread over the devices.
+  """Refuses a batch that cannot be spread over the devices.
 
   Args:
     config: with the batch size.
@@ -134,15 +134,12 @@ def check_batch_divides(config: TrainConfig, *, like: Batch, path: str) -> None:
     path: the dotted name of `config`, for messages.
 
   Raises:
-    errors.UserError: naming the nearest batch size that can.
+    errors.UserError: naming the nearest batch size or row length that can.
   """
   sharding = like.tokens.sharding
   assert isinstance(sharding, NamedSharding)
-  names = sharding.spec[0] if sharding.spec else None
-  names = names if isinstance(names, tuple) else (names,)
-  num_parts = 1
-  for name in names:
-    num_parts *= sharding.mesh.shape[name] if name else 1
+  sizes = sharding.mesh.shape
+  num_parts = math.prod(sizes[axis] for axis in BATCH_AXES)
   multiple = num_parts * config.num_microbatches
   if config.batch_size % multiple:
     nearest = max(round(config.batch_size / multiple), 1) * multiple
@@ -150,4 +147,13 @@ def check_batch_divides(config: TrainConfig, *, like: Batch, path: str) -> None:
       f"{path}.batch_size={config.batch_size}: expected a multiple of"
       f" {multiple}, {config.num_microbatches} microbatches spread over"
       f" {num_parts} devices; the nearest is {nearest}"
+    )
+  length, token_parts = config.sequence_length, sizes[SEQUENCE_AXIS]
+  if token_parts > 1 and not token_order.divides(length, token_parts):
+    multiple = 2 * token_parts
+    nearest = max(round(length / multiple), 1) * multiple
+    raise errors.UserError(
+      f"{path}.sequence_length={length}: expected a multiple of {multiple}, two"
+      f" chunks for each of config.mesh.sequence={token_parts}; the nearest is"
+      f" {nearest}"
     )

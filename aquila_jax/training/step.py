@@ -16,7 +16,7 @@ from aquila_jax.core.experiment_config import TrainConfig
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.types import Batch, Leaf, Params, RoutingStats, TrainState
 from aquila_jax.models import decoder_lm
-from aquila_jax.sharding.mesh import batch_sharding
+from aquila_jax.sharding.mesh import batch_sharding, on_mesh
 from aquila_jax.training import balance, losses
 from aquila_jax.training.accumulation import LossGradient
 from aquila_jax.training.freezing import select
@@ -211,14 +211,8 @@ def jit_train_step(
   """
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
-  @functools.wraps(train_step)
-  def on_mesh(state, batch):
-    # For kernels that the compiler cannot divide, which do it by shard_map.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-      return train_step(state, batch)
-
   return jax.jit(
-    on_mesh,
+    on_mesh(train_step, mesh),
     donate_argnums=0,
     in_shardings=(shardings, jax.tree.map(lambda x: x.sharding, batch)),
     # Metrics are small and replicated.

@@ -55,7 +55,7 @@ def test_help_of_every_verb_names_its_flags_and_ends_with_0(commands):
     "export_hf": "source output dtype max_shard_size",
     "fetch_model": "output param_dtype [no]list",
     "generate": "model prompt prompts_file max_new_tokens temperature top_k"
-    " top_p seed stop_token batch_size [no]json",
+    " top_p seed stop_token batch_size [no]json mesh",
     "import_hf": "source output param_dtype tokenizer",
     "inspect_routing": "model data text output [no]json parent split language"
     " max_tokens batch_size sequence_length dead min_count typical",

@@ -40,6 +40,47 @@ def test_it_writes_the_text_of_the_library(commands, dense):
   assert re.fullmatch(rates + r" [\d.]+ s to compile, before\n", greedy.err)
 
 
+def test_a_model_over_several_devices_says_the_same(commands, dense):
+  command = ("generate", f"--model={dense}", "--max_new_tokens=16")
+  greedy = (*command, f"--prompt={PROMPT}", "--temperature=0")
+  several = commands.with_environment(
+    XLA_FLAGS="--xla_force_host_platform_device_count=4"
+  )
+  expected, *found = map(
+    succeeded,
+    several.run_all(
+      [
+        greedy,
+        (*greedy, "--mesh=fsdp=2,data=2"),
+        (*greedy, "--mesh=sequence=2"),
+      ]
+    ),
+  )
+  assert [one.out for one in found] == [expected.out] * 2
+  several.assert_refused(
+    {
+      "too many devices": (
+        (*greedy, "--mesh=tensor=8"),
+        "--mesh=tensor=8: needs 8 devices; there are 4",
+      ),
+      "no such axis": (
+        (*greedy, "--mesh=tensors=2"),
+        "--mesh=tensors=2: mesh.tensors=2 is not a field of mesh; did you mean"
+        " 'tensor'?",
+      ),
+      "no size": (
+        (*greedy, "--mesh=tensor"),
+        "--mesh=tensor: expected axes as in tensor=4",
+      ),
+      "an axis that does not divide the model": (
+        (*greedy, "--mesh=fsdp=3"),
+        "config.mesh.fsdp=3 does not divide model.embed_dim=32; nearest sizes"
+        " that do: 2 or 4",
+      ),
+    }
+  )
+
+
 def test_several_prompts_give_what_the_library_gives(commands, dense, tmp_path):
   model = text_model(tiny.load(dense))
   prompts = ["The river", "a", '{"b']

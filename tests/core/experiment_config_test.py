@@ -165,8 +165,8 @@ REFUSED = [
   (
     ec.MeshConfig,
     {"data": -1, "fsdp": -1},
-    "mesh sizes (-1, -1, 1, 1) (data, fsdp, expert, tensor): need >= 1 each,"
-    " at most one -1",
+    "mesh sizes (-1, -1, 1, 1, 1) (data, fsdp, expert, sequence, tensor): need"
+    " >= 1 each, at most one -1",
   ),
   (ec.EvaluationConfig, {"max_tokens": -1}, "max_tokens=-1: need >= 0"),
   (ec.EvaluationConfig, {"batch_size": 0}, "batch_size=0: need >= 1"),

@@ -29,7 +29,9 @@ def test_every_leaf_has_a_line_and_its_bytes():
   axes = decoder_lm.parameter_axes(CONFIG)
   shapes = decoder_lm.abstract_params(CONFIG)
   text = explain(axes, shapes, mesh=mesh)
-  assert text.startswith("mesh: data 1, fsdp 2, expert 2, tensor 2\n")
+  assert text.startswith(
+    "mesh: data 1, fsdp 2, expert 2, sequence 1, tensor 2\n"
+  )
   squeezed = [" ".join(line.split()) for line in text.splitlines()]
   assert (
     "layers/mlp/down_kernel 2 x 4 x 24 x 16 layer, expert, mlp, embed expert:"
@@ -40,7 +42,7 @@ def test_every_leaf_has_a_line_and_its_bytes():
     and "layers/mlp_norm/scale 2 x 16 layer, embed embed: fsdp 2 x 8 64"
     in squeezed
   )
-  assert len(squeezed) == 3 + len(jax.tree.leaves(shapes))
+  assert len(squeezed) == 4 + len(jax.tree.leaves(shapes))
   params = jax.device_put(
     decoder_lm.init_params(CONFIG, key=jax.random.key(0)),
     param_shardings(axes, shapes, mesh),
@@ -49,8 +51,12 @@ def test_every_leaf_has_a_line_and_its_bytes():
     leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params)
   )
   whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-  assert squeezed[-1].startswith(
+  assert squeezed[-2].startswith(
     f"{held:,} bytes of parameters a device, of {whole:,};"
+  )
+  assert squeezed[-1] == (
+    "in a step: row: fsdp and expert, vocab: tensor, kv_head: tensor, mlp:"
+    " tensor, dense_mlp: tensor, shared_mlp: tensor"
   )
 
 

@@ -45,6 +45,11 @@ SHARED = _config(
   out_bias=True,
   sliding_window=5,
 )
+MIXED = _config(
+  num_layers=3,
+  moe=MoeConfig(num_experts=4, top_k=2, block_size=8, layers=(0, 2)),
+  remat="full",
+)
 CAPACITY = _config(moe=MoeConfig(num_experts=4, top_k=2, capacity_factor=0.75))
 
 
@@ -70,6 +75,22 @@ def test_leaves_lie_where_the_table_says():
   assert mlp["router"]["kernel"] == P(None, "fsdp", "expert")
   assert specs["embedding"]["table"] == P("tensor", "fsdp")
   assert specs["lm_head"]["kernel"] == P("fsdp", "tensor")
+  assert specs["final_norm"]["scale"] == P("fsdp")
+
+
+def test_devices_that_share_rows_hold_a_part_each():
+  mesh = make_mesh(MeshConfig(data=1, fsdp=2, sequence=2, tensor=2))
+  specs = jax.tree.map(lambda s: s.spec, _shardings(DROPLESS, mesh))
+  mlp = specs["layers"]["mlp"]
+  assert mlp["gate_kernel"] == P(None, "expert", ("fsdp", "sequence"), "tensor")
+  assert mlp["down_kernel"] == P(
+    None, "expert", ("tensor", "fsdp", "sequence"), None
+  )
+  assert specs["embedding"]["table"] == P("tensor", ("fsdp", "sequence"))
+  # Of what fsdp divides and sequence does not, devices have the same.
+  specs = jax.tree.map(
+    lambda s: s.spec, _shardings(_config(embed_dim=18), mesh)
+  )
   assert specs["final_norm"]["scale"] == P("fsdp")
 
 
@@ -210,11 +231,18 @@ def _unsharded(config: ModelConfig):
     (DENSE, MeshConfig(data=1, fsdp=8)),
     (DENSE, MeshConfig(data=2, expert=1, tensor=4)),
     (DENSE, MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
+    (DENSE, MeshConfig(data=1, sequence=8)),
+    (DENSE, MeshConfig(data=1, fsdp=2, sequence=2, tensor=2)),
     (DROPLESS, MeshConfig(data=8)),
     (DROPLESS, MeshConfig(data=2, expert=4)),
     (DROPLESS, MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
+    (DROPLESS, MeshConfig(data=1, expert=2, sequence=4)),
     (CAPACITY, MeshConfig(data=1, fsdp=2, expert=4)),
+    (CAPACITY, MeshConfig(data=2, sequence=4)),
+    (CAPACITY, MeshConfig(data=1, fsdp=2, expert=2, sequence=2)),
     (SHARED, MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
+    (SHARED, MeshConfig(data=1, expert=2, sequence=2, tensor=2)),
+    (MIXED, MeshConfig(data=1, fsdp=2, sequence=2, tensor=2)),
   ],
 )
 def test_sharded_loss_and_gradients_equal_unsharded_ones(config, mesh_config):

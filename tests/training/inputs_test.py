@@ -36,3 +36,21 @@ def test_a_batch_must_divide_over_devices_and_microbatches(tiny):
     "config.train.batch_size=42: expected a multiple of 16, 2 microbatches"
     " spread over 8 devices; the nearest is 48"
   )
+
+
+def test_rows_must_divide_over_the_devices_that_share_them(tiny):
+  mesh = make_mesh(MeshConfig(data=2, sequence=4))
+  for length, is_right in ((16, True), (24, True), (20, False), (3, False)):
+    config = tiny.config(sequence_length=length)
+    like = abstract_batch(config, mesh=mesh)
+    if is_right:
+      inputs.check_batch_divides(config, like=like, path="config.train")
+      continue
+    with pytest.raises(errors.UserError) as error:
+      inputs.check_batch_divides(config, like=like, path="config.train")
+    nearest = {20: 16, 3: 8}[length]
+    assert str(error.value) == (
+      f"config.train.sequence_length={length}: expected a multiple of 8, two"
+      " chunks for each of config.mesh.sequence=4; the nearest is"
+      f" {nearest}"
+    )

@@ -9,8 +9,14 @@ from absl import logging
 from jaxtyping import Array, Float, Int
 
 from aquila_jax.core.model_config import AttentionImplementation
-from aquila_jax.kernels.attention import chunked, cudnn, reference, splash
-from aquila_jax.kernels.attention.mesh_axes import UNDIVIDED, MeshAxes
+from aquila_jax.kernels.attention import (
+  chunked,
+  cudnn,
+  divided,
+  reference,
+  splash,
+)
+from aquila_jax.kernels.attention.mesh_axes import UNDIVIDED, MeshAxes, parts
 from aquila_jax.kernels.target import target
 
 _NAMES = ("xla", "chunked", "splash", "cudnn")
@@ -51,7 +57,8 @@ def causal_attention(
       padding before it.
     window: how many slots back a query sees, its own among them; None is all.
     implementation: None chooses, and logs once what and why.
-    mesh_axes: where rows and heads lie on the context's mesh, for splash.
+    mesh_axes: where rows, heads and tokens lie on the context's mesh. Of
+      tokens that are divided, keys and values are gathered (divided.py).
 
   Returns:
     What every query head attends to.
@@ -67,6 +74,16 @@ def causal_attention(
   if implementation == "splash":
     return splash.causal_attention(
       query, key, value, mesh_axes=mesh_axes, **masked
+    )
+  if parts(mesh_axes.tokens) > 1:
+    module = {"xla": reference, "chunked": chunked}[implementation]
+    return divided.causal_attention(
+      query,
+      key,
+      value,
+      mesh_axes=mesh_axes,
+      attend_from=module.attend_from,
+      **masked,
     )
   backend = {"xla": reference, "chunked": chunked, "cudnn": cudnn}
   return backend[implementation].causal_attention(query, key, value, **masked)
@@ -109,4 +126,9 @@ def _check(
   if name == "splash":
     splash.check(query, mesh_axes=mesh_axes)
   elif name == "cudnn":
+    if parts(mesh_axes.tokens) > 1:
+      raise NotImplementedError(
+        "cudnn needs all tokens of a row on one device; mesh.sequence is"
+        f" {parts(mesh_axes.tokens)}"
+      )
     cudnn.check(query)

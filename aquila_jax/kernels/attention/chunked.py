@@ -52,6 +52,38 @@ def causal_attention(
   return jnp.concatenate(heads, axis=1)
 
 
+def attend_from(
+  query: Float[Array, "B T K G H"],
+  key: Float[Array, "B S K H"],
+  value: Float[Array, "B S K H"],
+  *,
+  segments: Int[Array, "B S"],
+  start: Int[Array, ""],
+  window: int | None = None,
+) -> Float[Array, "B T K G H"]:
+  """For divided.py: queries at the slots `start`, `start` + 1, ..."""
+  dtype = dtypes.at_least_float32(query.dtype)
+  keys = key.astype(dtype), value.astype(dtype)
+  length = query.shape[1]
+  rest = length % BLOCK
+  heads = [
+    _run(
+      query[:, first:end],
+      *keys,
+      segments=segments,
+      block=block,
+      window=window,
+      start=start + first,
+    )
+    for first, end, block in (
+      (0, length - rest, BLOCK),
+      (length - rest, length, rest),
+    )
+    if first < end
+  ]
+  return jnp.concatenate(heads, axis=1)
+
+
 def _runs(length: int, *, window: int | None) -> Iterator[tuple[int, int, int]]:
   """First query, end and block size of each run; what is left comes last."""
   num_blocks, rest = divmod(length, BLOCK)
@@ -71,10 +103,12 @@ def _run(
   segments: Int[Array, "B S"],
   block: int,
   window: int | None,
+  start: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T K G H"]:
-  """The last T of S slots, `block` queries at a time."""
+  """The last T of S slots, or T from `start`, `block` queries at a time."""
   num_keys = key.shape[1]
-  start = num_keys - query.shape[1]
+  if start is None:
+    start = jnp.asarray(num_keys - query.shape[1])
   # The most keys that the queries of a block see together.
   span = num_keys if window is None else min(num_keys, block + window - 1)
 

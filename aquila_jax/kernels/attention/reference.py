@@ -61,6 +61,21 @@ def attend(
   return jnp.einsum("BKGTS,BSKH->BTKGH", weights, value)
 
 
+def attend_from(
+  query: Float[Array, "B T K G H"],
+  key: Float[Array, "B S K H"],
+  value: Float[Array, "B S K H"],
+  *,
+  segments: Int[Array, "B S"],
+  start: Int[Array, ""],
+  window: int | None = None,
+) -> Float[Array, "B T K G H"]:
+  """For divided.py: queries at the slots `start`, `start` + 1, ..."""
+  own = jax.lax.dynamic_slice_in_dim(segments, start, query.shape[1], axis=1)
+  mask = causal_mask(own, segments, offset=start, window=window)
+  return attend(query, key, value, mask=mask)
+
+
 def causal_attention(
   query: Float[Array, "B T K G H"],
   key: Float[Array, "B T K H"],

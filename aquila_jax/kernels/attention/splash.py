@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from aquila_jax.kernels.attention.mesh_axes import UNDIVIDED, MeshAxes
+from aquila_jax.core import token_order
+from aquila_jax.kernels.attention.mesh_axes import UNDIVIDED, MeshAxes, parts
 
 # The kernel's lanes: what a block of keys must be a multiple of.
 _LANES = 128
@@ -35,9 +36,10 @@ def check(query: Float[Array, "B T K G H"], *, mesh_axes: MeshAxes) -> None:
     NotImplementedError: with the reason, where it cannot.
   """
   batch_size, length, num_kv_heads = query.shape[:3]
-  if length % _LANES:
+  multiple = _LANES * _num_chunks(mesh_axes)
+  if length % multiple:
     raise NotImplementedError(
-      f"splash needs T to be a multiple of {_LANES}; T={length}"
+      f"splash needs T to be a multiple of {multiple}; T={length}"
     )
   if query.dtype not in (jnp.bfloat16, jnp.float32):
     raise NotImplementedError(
@@ -53,12 +55,17 @@ def check(query: Float[Array, "B T K G H"], *, mesh_axes: MeshAxes) -> None:
     ("B", batch_size, mesh_axes.rows),
     ("K", num_kv_heads, mesh_axes.kv_heads),
   ):
-    parts = math.prod(mesh.shape[axis] for axis in axes if axis in mesh.shape)
-    if size % parts:
+    if size % parts(axes):
       raise NotImplementedError(
         f"splash needs {what} to be a multiple of its parts on the mesh;"
-        f" {what}={size}, parts={parts}"
+        f" {what}={size}, parts={parts(axes)}"
       )
+
+
+def _num_chunks(mesh_axes: MeshAxes) -> int:
+  """Pieces of consecutive tokens that a row is cut into."""
+  num_parts = parts(mesh_axes.tokens)
+  return 2 * num_parts if num_parts > 1 else 1
 
 
 def causal_attention(
@@ -79,60 +86,94 @@ def causal_attention(
     value: see there.
     segments: see there.
     window: see there.
-    mesh_axes: the mesh axes of the context's mesh that rows and heads lie on.
+    mesh_axes: where rows, heads and tokens lie on the context's mesh.
     interpret: runs the kernels' bodies without a TPU; for tests.
 
   Returns:
     What every query head attends to.
   """
-  call = functools.partial(_one_device, window=window, interpret=interpret)
   mesh = jax.sharding.get_abstract_mesh()
+  axes = mesh_axes.of(mesh)
+  kernel = _kernel(
+    query,
+    axes,
+    num_chunks=_num_chunks(axes),
+    window=window,
+    interpret=interpret,
+  )
+  call = functools.partial(_on_device, axes=axes)
   if mesh.size > 1:
-    rows, kv_heads = (
-      tuple(axis for axis in axes if axis in mesh.shape)
-      for axes in (mesh_axes.rows, mesh_axes.kv_heads)
-    )
-    spec = PartitionSpec(rows, None, kv_heads)
+    blocks = NamedSharding(mesh, PartitionSpec(None, axes.tokens))
     call = jax.shard_map(
       call,
       mesh=mesh,
-      in_specs=(spec, spec, spec, PartitionSpec(rows)),
-      out_specs=spec,
+      in_specs=(
+        kernel.manual_sharding_spec(blocks),
+        axes.heads,
+        axes.heads,
+        axes.heads,
+        axes.every_token,
+      ),
+      out_specs=axes.heads,
       check_vma=False,  # the kernels' outputs have no types on a mesh
     )
-  return call(query, key, value, segments)
+  return call(kernel, query, key, value, segments)
 
 
-def _one_device(query, key, value, segments, *, window, interpret):
+def _kernel(
+  query: Float[Array, "B T K G H"],
+  axes: MeshAxes,
+  *,
+  num_chunks: int,
+  window: int | None,
+  interpret: bool,
+) -> Any:
+  """Of one row and the queries of one key head; it knows which blocks to skip.
+
+  Where tokens are divided it is of all of them, in the order in which they lie:
+  of the blocks that are skipped, every device gets its own part.
+  """
   length, _, group_size, head_dim = query.shape[1:]
   is_narrow = head_dim * query.dtype.itemsize <= _NARROW
-  block = math.gcd(length, _BLOCK if is_narrow else _SMALLER_BLOCK)
+  largest = _BLOCK if is_narrow else _SMALLER_BLOCK
+  block_q = math.gcd(length // num_chunks, largest)
+  block_kv = math.gcd(length, largest)
   shape = (length, length)
   if window is None:
     mask = splash_attention.CausalMask(shape)
   else:
     mask = splash_attention.LocalMask(shape, (window - 1, 0), 0)
-  kernel: Any = splash_attention.make_splash_mqa_single_device(
+  mask.q_sequence = token_order.token_order(length, max(1, num_chunks // 2))
+  return splash_attention.make_splash_mqa(
     splash_attention.MultiHeadMask([mask] * group_size),
     # Fused, the backward pass would hold a gradient of the queries for every
     # block of keys.
     block_sizes=splash_attention.BlockSizes(
-      block_q=block,
-      block_kv=block,
-      block_q_dkv=block,
-      block_kv_dkv=block,
-      block_q_dq=block,
-      block_kv_dq=block,
+      block_q=block_q,
+      block_kv=block_kv,
+      block_q_dkv=block_q,
+      block_kv_dkv=block_kv,
+      block_q_dq=block_q,
+      block_kv_dq=block_kv,
     ),
+    head_shards=1,
+    q_seq_shards=parts(axes.tokens),
     interpret=interpret,
   )
 
-  def of_row(query, key, value, segments):
-    ids = splash_attention.SegmentIds(q=segments, kv=segments)
+
+def _on_device(kernel, query, key, value, segments, *, axes):
+  keys = (key, value, segments)
+  if parts(axes.tokens) > 1:
+    keys = tuple(token_order.gathered(x, axes.tokens[0]) for x in keys)
+  key, value, key_segments = keys
+
+  def of_row(query, key, value, segments, key_segments):
+    ids = splash_attention.SegmentIds(q=segments, kv=key_segments)
     return jax.vmap(kernel, in_axes=(0, 0, 0, None))(query, key, value, ids)
 
   # The kernel does not scale. (B, T, K, G, H) -> (B, K, G, T, H)
-  scaled = (query * head_dim**-0.5).transpose(0, 2, 3, 1, 4)
+  scaled = (query * query.shape[-1] ** -0.5).transpose(0, 2, 3, 1, 4)
   key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-  heads = jax.vmap(of_row)(scaled, key, value, segments)
+  heads = jax.vmap(of_row)(scaled, key, value, segments, key_segments)
   return heads.transpose(0, 3, 1, 2, 4)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from aquila_jax.core import token_order
 from aquila_jax.core.model_config import MoeConfig
 from aquila_jax.core.types import Leaf
 from aquila_jax.kernels.topk_routing.reference import chosen_by
@@ -26,7 +27,10 @@ from aquila_jax.layers.moe.selection import Routing, route, routing
 
 
 class Meetings(struct.PyTreeNode):
-  """Which tokens and experts were meant to meet, for losses and statistics."""
+  """Which tokens and experts were meant to meet, for losses and statistics.
+
+  Tokens are in one axis, [M], and of a whole batch in two, [B T].
+  """
 
   assigned: Leaf  # bool [M E]; chosen, whether or not a slot was found
   ids: Leaf  # int [M A]; the experts of a token, -1 is none
@@ -145,41 +149,93 @@ class Capacity:
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Division:
+  """How the tokens of a batch lie on a mesh, in shard_map.
+
+  A device has whole rows of the batch, or of the rows that it shares with the
+  others along `tokens` the chunks that core/token_order.py gives it.
+  """
+
+  rows: tuple[str, ...]  # axes of the mesh, over which rows are divided
+  num_rows: int  # of this device
+  tokens: str | None = None  # the axis over which the tokens of a row are
+
+  def earlier(self, chosen: Bool[Array, "M E"]) -> tuple[jax.Array, jax.Array]:
+    """Assignments of this device's pieces of the batch, and those before them.
+
+    A piece is of consecutive tokens, and pieces are in the batch's order.
+
+    Args:
+      chosen: by this device's tokens.
+
+    Returns:
+      Counts int [pieces E] of each piece, and of all that come before it.
+    """
+    if self.tokens is None:
+      mine = jnp.sum(chosen, axis=0, dtype=jnp.int32)[None]
+      return mine, self._of_earlier_rows(mine[0])[None]
+    # (M, E) -> (B, 2, T / 2N, E)
+    pieces = chosen.reshape(self.num_rows, 2, -1, chosen.shape[-1])
+    mine = jnp.sum(pieces, axis=2, dtype=jnp.int32)
+    every = token_order.gathered(mine, self.tokens)  # (B, 2N, E)
+    flat = every.reshape(-1, every.shape[-1])
+    before = jnp.cumsum(flat, axis=0, dtype=jnp.int32) - flat
+    before += self._of_earlier_rows(flat.sum(0, dtype=jnp.int32))[None]
+    before = before.reshape(every.shape)
+    me, last = jax.lax.axis_index(self.tokens), every.shape[1] - 1
+    own = jnp.take(before, jnp.stack([me, last - me]), axis=1)
+    return mine.reshape(-1, mine.shape[-1]), own.reshape(-1, own.shape[-1])
+
+  def _of_earlier_rows(self, counts: Int[Array, "E"]) -> Int[Array, "E"]:
+    """Of devices that have rows before this one's."""
+    if not self.rows:
+      return jnp.zeros_like(counts)
+    every = jax.lax.all_gather(counts, self.rows)  # (parts, E)
+    parts = jnp.arange(every.shape[0])
+    earlier = (parts < jax.lax.axis_index(self.rows))[:, None]
+    return jnp.sum(jnp.where(earlier, every, 0), axis=0, dtype=counts.dtype)
+
+  @property
+  def axes(self) -> tuple[str, ...]:
+    """All that tokens are divided over."""
+    return self.rows if self.tokens is None else (*self.rows, self.tokens)
+
+
 @dataclasses.dataclass(frozen=True)
 class DividedCapacity:
   """`Capacity` of a batch whose tokens lie on several devices, in shard_map.
 
   An expert's slots are the batch's: a device has room for all that its tokens
-  choose, and drops what those of earlier devices have left no slot for.
+  choose, and drops what earlier tokens have left no slot for.
   """
 
   factor: float
   block_size: int
-  axes: tuple[str, ...]  # of the mesh, that tokens are divided over
+  division: Division
 
   def place(self, routing: Routing) -> TokenDispatch:
-    counts = jax.lax.all_gather(routing.counts, self.axes)  # (parts, E)
-    parts = jnp.arange(counts.shape[0])
-    earlier = (parts < jax.lax.axis_index(self.axes))[:, None]
-    before = jnp.sum(jnp.where(earlier, counts, 0), axis=0)
-    capacity = _capacity(self.factor, routing, num_parts=counts.shape[0])
-    left = jnp.maximum(capacity - before, 0)
+    chosen = chosen_by(routing.experts, routing.counts.size)
+    counts, before = self.division.earlier(chosen & routing.valid[:, None])
+    num_parts = math.prod(map(jax.lax.axis_size, self.division.axes))
+    capacity = _capacity(self.factor, routing, num_parts=num_parts)
+    # Of pieces in the batch's order, the first tokens of the first ones.
+    served = jnp.clip(capacity - before, 0, counts)
     return _place_in_blocks(
       routing,
-      counts=jnp.minimum(routing.counts, left),
+      counts=jnp.sum(served, axis=0, dtype=jnp.int32),
       block_size=self.block_size,
     )
 
 
 def make_placement(
-  config: MoeConfig, *, divided_over: tuple[str, ...] = ()
+  config: MoeConfig, *, division: Division | None = None
 ) -> Placement:
   """The placement that `config` asks for.
 
   Args:
     config: block size, capacity.
-    divided_over: axes of the mesh, in shard_map; none where a device has all
-      tokens.
+    division: of the batch, in shard_map; None where a device has all tokens.
 
   Returns:
     The placement.
@@ -187,8 +243,8 @@ def make_placement(
   factor, block_size = config.capacity_factor, config.block_size
   if factor is None:
     return Dropless(block_size)
-  if divided_over:
-    return DividedCapacity(factor, block_size, divided_over)
+  if division is not None:
+    return DividedCapacity(factor, block_size, division)
   return Capacity(factor)
 
 
@@ -197,7 +253,7 @@ class TokenChoice:
   """Every token goes to its own `top_k` experts."""
 
   config: MoeConfig
-  divided_over: tuple[str, ...] = ()  # as in make_placement
+  division: Division | None = None  # as in make_placement
 
   def dispatch(
     self, affinity: Affinity, *, num_rows: int
@@ -211,7 +267,7 @@ class TokenChoice:
       # The routing's is of the logits, normalised and with their noise.
       z=routed.z if is_plain else squared_logsumexp(affinity),
     )
-    placement = make_placement(self.config, divided_over=self.divided_over)
+    placement = make_placement(self.config, division=self.division)
     return placement.place(routing(routed, affinity)), sums
 
 

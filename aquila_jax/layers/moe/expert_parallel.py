@@ -60,15 +60,7 @@ def apply(
   Returns:
     The outputs of this device's tokens.
   """
-  group = Group(
-    axis=axis,
-    size=jax.lax.axis_size(axis),
-    num_experts=config.num_experts,
-    num_tokens=x.shape[0],
-    top_k=config.top_k,
-    block_size=config.block_size,
-    buffer_factor=config.buffer_factor,
-  )
+  group = _group(x, config=config, axis=axis)
   exchange = _chosen(config, group, bytes_per_row=x.shape[1] * x.dtype.itemsize)
   traffic = Traffic.of(plan, group)
   floats = (x, plan.routing.gates, kernels)
@@ -80,6 +72,38 @@ def apply(
     exchange.fits(traffic, group).astype(jnp.int32), everywhere
   )
   return _guarded((exchange, group), floats, (fits > 0, plan, traffic))
+
+
+def apply_to_same(
+  x: Float[Array, "M D"],
+  plan: TokenDispatch,
+  kernels: Kernels,
+  *,
+  config: MoeConfig,
+  axis: str,
+) -> Float[Array, "M D"]:
+  """As `apply`, of tokens that are the same on all devices along the axis.
+
+  Each has its experts' part of the sum, and no token travels.
+  """
+  group = _group(x, config=config, axis=axis)
+  served = group.mine(plan.served[None])[0]
+  here = Travelling.of(plan).placed(
+    served, num_rows=group.most_rows, group=group
+  )
+  return jax.lax.psum(computed(x, here, kernels), axis)
+
+
+def _group(x: Float[Array, "M D"], *, config: MoeConfig, axis: str) -> Group:
+  return Group(
+    axis=axis,
+    size=jax.lax.axis_size(axis),
+    num_experts=config.num_experts,
+    num_tokens=x.shape[0],
+    top_k=config.top_k,
+    block_size=config.block_size,
+    buffer_factor=config.buffer_factor,
+  )
 
 
 def _chosen(config: MoeConfig, group: Group, *, bytes_per_row: int) -> Exchange:

@@ -15,15 +15,22 @@ from aquila_jax.layers.moe.dispatch import Meetings
 from aquila_jax.layers.moe.mixture import mixture
 from aquila_jax.layers.moe.router import Router
 from aquila_jax.layers.moe.shared_expert import SharedExpert
+from aquila_jax.sharding.sequence import in_row_order
 
 
 class MoeFeedForward(nn.Module):
   """sum over a token's A experts of gate * expert(x), in place of an FFN.
 
   Where the config has one, a shared expert is added to the sum.
+
+  Attributes:
+    config: of the decoder.
+    token_parts: devices over which the tokens of a row lie, by
+      core/token_order.py.
   """
 
   config: ModelConfig
+  token_parts: int = 1
 
   @nn.compact
   def __call__(
@@ -42,21 +49,18 @@ class MoeFeedForward(nn.Module):
     """
     moe = self.config.moe
     assert moe is not None
-    tokens = x.reshape(-1, x.shape[-1])  # (B, T, D) -> (M, D)
-    affinity = Router(self.config, moe, name="router")(
-      tokens, valid=segments.reshape(-1) > 0
-    )
+    affinity = Router(self.config, moe, name="router")(x, valid=segments > 0)
     out, sums, meetings = mixture(
-      tokens,
+      x,
       affinity,
       self._kernels(moe.num_experts, x.dtype, mask=mask),
       config=moe,
-      num_rows=x.shape[0],
+      token_parts=self.token_parts,
     )
     if moe.shared_expert_dim:
-      shared = SharedExpert(self.config, name="shared")(tokens)
-      out = out + shared * affinity.valid[:, None].astype(shared.dtype)
-    self._sow(meetings, num_rows=x.shape[0])
+      shared = SharedExpert(self.config, name="shared")(x)
+      out = out + shared * affinity.valid[..., None].astype(shared.dtype)
+    self._sow(meetings)
     stats = losses.routing_stats(
       sums,
       valid=affinity.valid,
@@ -64,16 +68,18 @@ class MoeFeedForward(nn.Module):
       dropped=meetings.dropped,
       group_counts=None if groups is None else _of_groups(meetings, groups),
     )
-    return out.reshape(x.shape), stats
+    return out, stats
 
-  def _sow(self, meetings: Meetings, *, num_rows: int) -> None:
+  def _sow(self, meetings: Meetings) -> None:
     """Experts of every token, int [B T A], where `intermediates` are wanted.
 
     -1 is none: of padding; where experts choose, A is E and every expert has a
     place.
     """
     if self.is_mutable_collection("intermediates"):
-      ids = meetings.ids.reshape(num_rows, -1, meetings.ids.shape[-1])
+      ids = meetings.ids
+      if self.token_parts > 1:
+        ids = in_row_order(ids)
       self.sow("intermediates", "experts", ids)
 
   def _kernels(
@@ -100,6 +106,5 @@ def _of_groups(
   meetings: Meetings, groups: Float[Array, "B T I"]
 ) -> Float[Array, "I E"]:
   """Assignments of the tokens of each group to each expert."""
-  groups = groups.reshape(-1, groups.shape[-1])  # (B, T, I) -> (M, I)
   met = meetings.assigned.astype(groups.dtype)
-  return jnp.einsum("MI,ME->IE", groups, met)
+  return jnp.einsum("BTI,BTE->IE", groups, met)

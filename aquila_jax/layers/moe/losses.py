@@ -62,8 +62,8 @@ def squared_logsumexp(affinity: Affinity) -> Float[Array, ""]:
 def routing_stats(
   sums: RoutingSums,
   *,
-  valid: Bool[Array, "M"],
-  top_gate: Float[Array, "M"],
+  valid: Bool[Array, "*tokens"],
+  top_gate: Float[Array, "*tokens"],
   dropped: Float[Array, ""],
   group_counts: Float[Array, "I E"] | None = None,
 ) -> RoutingStats:

@@ -1,10 +1,11 @@
 """Routed experts of a batch: on one device, or of a batch that lies on many.
 
-Where a mesh divides the rows of a batch, each device routes, moves and computes
-its own rows: what belongs to other rows is sums, and how many tokens before its
-own have chosen an expert. Kernels that are stored in parts are gathered, layer
-by layer, and their gradients summed into those parts; where devices hold
-different experts, rows go to them (expert_parallel.py).
+On a mesh each device routes, moves and computes its own tokens: what belongs to
+others is sums, and how many tokens before its own have chosen an expert.
+Kernels that are stored in parts are gathered, layer by layer, and their
+gradients summed into those parts; where devices hold different experts, tokens
+go to them (expert_parallel.py). Rows that the mesh does not divide, of a prompt
+say, are on all devices, and each does what its experts have to.
 
 Experts that choose tokens choose among all of them, so that the compiler
 divides their work.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -24,12 +26,19 @@ from jaxtyping import Array, Float
 from aquila_jax.core.model_config import MoeConfig
 from aquila_jax.layers.feed_forward import KERNEL_AXES
 from aquila_jax.layers.moe import expert_parallel
-from aquila_jax.layers.moe.dispatch import Dispatch, Meetings, TokenChoice
+from aquila_jax.layers.moe.dispatch import (
+  Dispatch,
+  Division,
+  Meetings,
+  TokenChoice,
+  TokenDispatch,
+)
 from aquila_jax.layers.moe.expert_choice import ExpertChoice
 from aquila_jax.layers.moe.losses import RoutingSums
 from aquila_jax.layers.moe.router import Affinity
-from aquila_jax.sharding.mesh import BATCH_AXES
-from aquila_jax.sharding.rules import spec_of
+from aquila_jax.sharding.mesh import SEQUENCE_AXIS
+from aquila_jax.sharding.rules import GATHERED, spec_of
+from aquila_jax.sharding.sequence import row_axes
 
 Kernels = tuple[jax.Array, jax.Array, jax.Array]  # gate, up, down
 # Names of their axes, in turn.
@@ -37,8 +46,6 @@ _KERNEL_AXES = tuple(
   ("expert", *(axis.name for axis in leaf_axes))
   for leaf_axes in KERNEL_AXES.values()
 )
-# The mesh axis that they are gathered over.
-_PARTS = "fsdp"
 
 
 @runtime_checkable
@@ -61,32 +68,37 @@ def make_choice(config: MoeConfig) -> Choice:
 
 
 def mixture(
-  x: Float[Array, "M D"],
+  x: Float[Array, "B T D"],
   affinity: Affinity,
   kernels: Kernels,
   *,
   config: MoeConfig,
-  num_rows: int,
-) -> tuple[Float[Array, "M D"], RoutingSums, Meetings]:
+  token_parts: int = 1,
+) -> tuple[Float[Array, "B T D"], RoutingSums, Meetings]:
   """The sum over a token's experts of gate * expert(x).
 
   Args:
-    x: M tokens, which are `num_rows` rows.
-    affinity: of the router.
+    x: a batch.
+    affinity: of the router, for tokens [B T].
     kernels: gate and up [E D F], down [E F D].
     config: how experts are chosen and placed.
-    num_rows: B.
+    token_parts: devices over which the tokens of a row lie, by
+      core/token_order.py.
 
   Returns:
     The outputs, and who has met whom.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  axes = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
-  # Few rows, of a prompt say, the compiler divides as it can.
-  is_divided = mesh.size > 1 and num_rows % _parts(mesh, axes) == 0
-  if config.choice == "expert" or not is_divided:
-    return _whole(x, affinity, kernels, make_choice(config), num_rows=num_rows)
+  if config.choice == "expert" or mesh.size <= 1:
+    return _flattened(x, affinity, kernels, make_choice(config))
+  axes = row_axes(mesh, x.shape[0])
+  division = Division(
+    rows=axes,
+    num_rows=x.shape[0] // _parts(mesh, axes),
+    tokens=SEQUENCE_AXIS if token_parts > 1 else None,
+  )
   rows: Any = P(axes)
+  tokens: Any = P(axes, division.tokens)
   everywhere: Any = P()
   stored = tuple(
     spec_of(names, kernel.shape, mesh=mesh)
@@ -97,62 +109,109 @@ def mixture(
   def on_device(x, affinity, kernels):
     if is_plain:
       affinity = affinity.replace(plain=affinity.logits)
-    plan, sums = TokenChoice(config, divided_over=axes).dispatch(
-      affinity, num_rows=num_rows // _parts(mesh, axes)
-    )
-    kernels = _gathered(kernels, stored)
-    if mesh.shape.get("expert", 1) > 1:
-      out = expert_parallel.apply(
-        x, plan, kernels, config=config, axis="expert"
-      )
-    else:
-      out = expert_parallel.computed(x, plan, kernels)
-    meetings = plan.meetings()
-    over_rows = functools.partial(jax.lax.psum, axis_name=axes)
-    if "tensor" in mesh.shape:
-      # Hidden units stay in parts, and so does what they give.
-      out = jax.lax.psum(out, "tensor")
-    return (
-      out,
-      sums.replace(entropy=over_rows(sums.entropy), z=over_rows(sums.z)),
-      meetings.replace(dropped=over_rows(meetings.dropped)),
+    return _flattened(
+      x,
+      affinity,
+      _gathered(kernels, stored),
+      TokenChoice(config, division=division),
+      compute=functools.partial(_on_device, config=config, division=division),
     )
 
   return jax.shard_map(
     on_device,
     mesh=mesh,
     in_specs=(
-      rows,
+      tokens,
       Affinity(
-        plain=rows,
-        logits=rows,
+        plain=tokens,
+        logits=tokens,
         bias=None if affinity.bias is None else everywhere,
-        valid=rows,
+        valid=tokens,
       ),
       stored,
     ),
     out_specs=(
-      rows,
+      tokens,
       RoutingSums(
         counts=rows, probability=rows, entropy=everywhere, z=everywhere
       ),
-      Meetings(assigned=rows, ids=rows, top_gate=rows, dropped=everywhere),
+      Meetings(
+        assigned=tokens, ids=tokens, top_gate=tokens, dropped=everywhere
+      ),
     ),
     check_vma=False,  # kernels' outputs have no types on a mesh
   )(x, affinity, kernels)
 
 
-def _whole(
-  x: Float[Array, "M D"],
+_Found = tuple[jax.Array, RoutingSums, Meetings]
+
+
+def _flattened(
+  x: Float[Array, "B T D"],
   affinity: Affinity,
   kernels: Kernels,
   choice: Choice,
   *,
-  num_rows: int,
-) -> tuple[Float[Array, "M D"], RoutingSums, Meetings]:
-  plan, sums = choice.dispatch(affinity, num_rows=num_rows)
-  out = expert_parallel.computed(x, plan, kernels)
-  return out, sums, plan.meetings()
+  compute: Callable[..., _Found] | None = None,
+) -> tuple[Float[Array, "B T D"], RoutingSums, Meetings]:
+  """With tokens in one axis, and back."""
+  num_rows, length, _ = x.shape
+  flat = x.reshape(-1, x.shape[-1])  # (B, T, D) -> (M, D)
+  plan, sums = choice.dispatch(affinity.flat(), num_rows=num_rows)
+  if compute is None:
+    out, meetings = (
+      expert_parallel.computed(flat, plan, kernels),
+      plan.meetings(),
+    )
+  else:
+    out, sums, meetings = compute(flat, plan, kernels, sums)
+
+  def in_rows(leaf):  # (M, ...) -> (B, T, ...)
+    return leaf.reshape(num_rows, length, *leaf.shape[1:])
+
+  meetings = meetings.replace(
+    assigned=in_rows(meetings.assigned),
+    ids=in_rows(meetings.ids),
+    top_gate=in_rows(meetings.top_gate),
+  )
+  return out.reshape(x.shape), sums, meetings
+
+
+def _on_device(
+  x: Float[Array, "M D"],
+  plan: TokenDispatch,
+  kernels: Kernels,
+  sums: RoutingSums,
+  *,
+  config: MoeConfig,
+  division: Division,
+) -> _Found:
+  """What this device's tokens get, and sums over those of all."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.shape.get("expert", 1) > 1:
+    apply = (
+      expert_parallel.apply
+      if "expert" in division.rows
+      else expert_parallel.apply_to_same
+    )
+    out = apply(x, plan, kernels, config=config, axis="expert")
+  else:
+    out = expert_parallel.computed(x, plan, kernels)
+  if "tensor" in mesh.shape:
+    # Hidden units stay in parts, and so does what they give.
+    out = jax.lax.psum(out, "tensor")
+  meetings = plan.meetings()
+
+  def over_all(leaf):
+    return jax.lax.psum(leaf, division.axes) if division.axes else leaf
+
+  sums = sums.replace(entropy=over_all(sums.entropy), z=over_all(sums.z))
+  if division.tokens is not None:
+    counts, probability = jax.lax.psum(
+      (sums.counts, sums.probability), division.tokens
+    )
+    sums = sums.replace(counts=counts, probability=probability)
+  return out, sums, meetings.replace(dropped=over_all(meetings.dropped))
 
 
 def _parts(mesh: AbstractMesh, axes: tuple[str, ...]) -> int:
@@ -164,8 +223,10 @@ def _gathered(kernels: Kernels, stored: tuple[P, ...]) -> Kernels:
 
   def one(kernel: jax.Array, spec: P) -> jax.Array:
     for i, entry in enumerate(spec):
-      if entry == _PARTS or (isinstance(entry, tuple) and _PARTS in entry):
-        kernel = jax.lax.all_gather(kernel, _PARTS, axis=i, tiled=True)
+      entries = entry if isinstance(entry, tuple) else (entry,)
+      parts = tuple(axis for axis in entries if axis in GATHERED)
+      if parts:
+        kernel = jax.lax.all_gather(kernel, parts, axis=i, tiled=True)
     return kernel
 
   gate, up, down = map(one, kernels, stored)

@@ -20,12 +20,25 @@ _EPSILON = 1e-6
 
 
 class Affinity(struct.PyTreeNode):
-  """What the router says of M tokens and E experts; at least float32."""
+  """What the router says of tokens and E experts; at least float32.
+
+  Tokens are in one axis, [M], or in two, [B T], until they are dispatched.
+  """
 
   plain: Leaf  # float [M E]; logits x W, what the z-loss is of
   logits: Leaf  # float [M E]; normalised and with noise, what scores are of
   bias: Leaf | None  # float [E]; added to scores for the choice
   valid: Leaf  # bool [M]; False for padding: no place, no count
+
+  def flat(self) -> Affinity:
+    """Tokens in one axis; what is the same stays the same."""
+    plain = self.plain.reshape(-1, self.plain.shape[-1])
+    is_plain = self.plain is self.logits
+    return self.replace(
+      plain=plain,
+      logits=plain if is_plain else self.logits.reshape(plain.shape),
+      valid=self.valid.reshape(-1),
+    )
 
 
 class Router(nn.Module):
@@ -47,7 +60,7 @@ class Router(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "M D"], *, valid: Bool[Array, "M"]
+    self, x: Float[Array, "*tokens D"], *, valid: Bool[Array, "*tokens"]
   ) -> Affinity:
     kernel = self.param(
       "kernel",
@@ -62,7 +75,7 @@ class Router(nn.Module):
     x = self._jittered(x.astype(dtype))
     # Accelerators would take float32 as TF32 or bfloat16 and choose others.
     plain = jnp.einsum(
-      "MD,DE->ME",
+      "...D,DE->...E",
       x,
       kernel.astype(dtype),
       precision=jax.lax.Precision.HIGHEST,
@@ -91,21 +104,25 @@ class Router(nn.Module):
     )
     return jax.lax.stop_gradient(bias.astype(dtype))
 
-  def _jittered(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+  def _jittered(
+    self, x: Float[Array, "*tokens D"]
+  ) -> Float[Array, "*tokens D"]:
     e = self.moe.input_jitter
     if not e or not self.has_rng(RNG):
       return x
     key = self.make_rng(RNG)
     return x * jax.random.uniform(key, x.shape, x.dtype, 1 - e, 1 + e)
 
-  def _noisy(self, logits: Float[Array, "M E"]) -> Float[Array, "M E"]:
+  def _noisy(
+    self, logits: Float[Array, "*tokens E"]
+  ) -> Float[Array, "*tokens E"]:
     if not self.moe.logit_noise or not self.has_rng(RNG):
       return logits
     noise = jax.random.normal(self.make_rng(RNG), logits.shape, logits.dtype)
     return logits + self.moe.logit_noise * noise
 
 
-def _normalised(logits: Float[Array, "M E"]) -> Float[Array, "M E"]:
+def _normalised(logits: Float[Array, "*tokens E"]) -> Float[Array, "*tokens E"]:
   centred = logits - jnp.mean(logits, axis=-1, keepdims=True)
   variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
   return centred * jax.lax.rsqrt(variance + _EPSILON)

@@ -9,6 +9,8 @@ from jaxtyping import Array, Float
 
 from aquila_jax.core import axes
 from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.layers.linear import project
+from aquila_jax.sharding.rules import constrained
 
 # As feed_forward.KERNEL_AXES: a width of its own has an axis of its own.
 _KERNEL_AXES = {
@@ -30,19 +32,17 @@ class SharedExpert(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+  def __call__(self, x: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
     moe = self.config.moe
     assert moe is not None
     gate, up, down = (
       self._kernel(name, x.dtype)
       for name in ("gate_kernel", "up_kernel", "down_kernel")
     )
-    hidden = jax.nn.silu(jnp.einsum("MD,DF->MF", x, gate))
-    hidden = hidden * jnp.einsum("MD,DF->MF", x, up)
-    out = jnp.einsum("MF,FD->MD", hidden, down)
+    hidden = jax.nn.silu(project(x, gate)) * project(x, up)
+    out = project(constrained(hidden, "row", "token", "shared_mlp"), down)
     if moe.shared_expert_gate:
-      token_gate = self._kernel("token_gate_kernel", x.dtype)
-      share = jnp.einsum("MD,DI->MI", x, token_gate)
+      share = project(x, self._kernel("token_gate_kernel", x.dtype))
       out = out * jax.nn.sigmoid(share)
     return out
 

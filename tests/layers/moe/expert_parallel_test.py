@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from aquila_jax.core import token_order
 from aquila_jax.core.errors import UserError
 from aquila_jax.core.experiment_config import MeshConfig
 from aquila_jax.core.model_config import MoeConfig
@@ -23,14 +24,18 @@ from aquila_jax.layers.moe.exchanges import Group
 from aquila_jax.layers.moe.mixture import mixture
 from aquila_jax.layers.moe.router import Affinity
 from aquila_jax.sharding.mesh import BATCH_AXES, make_mesh
+from aquila_jax.sharding.rules import GATHERED
 
-ROWS, TOKENS, WIDTH, HIDDEN, EXPERTS = 8, 6, 16, 24, 8
+ROWS, TOKENS, WIDTH, HIDDEN, EXPERTS = 8, 8, 16, 24, 8
 EXCHANGES = ("ragged_all_to_all", "all_to_all", "all_gather")
 MESHES = {
   "expert 8": MeshConfig(data=1, expert=8),
   "expert 4": MeshConfig(data=2, expert=4),
   "expert 2": MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+  "sequence 2": MeshConfig(data=1, fsdp=2, expert=2, sequence=2),
+  "sequence 4": MeshConfig(data=2, sequence=4),
 }
+EXPERT_MESHES = [name for name, mesh in MESHES.items() if mesh.expert > 1]
 
 
 def _emulated(rows, out, in_offset, sizes, out_offset, received, *, axis_name):
@@ -122,32 +127,43 @@ def _expected(x, logits, kernels, *, met):
 
 
 @functools.cache
-def _on_mesh(config: MoeConfig, mesh_name: str):
+def _on_mesh(config: MoeConfig, mesh_name: str, num_rows: int = ROWS):
   """Outputs and gradients of `mixture`, as a compiled function."""
   mesh = make_mesh(MESHES[mesh_name])
 
   def place(spec):
     return NamedSharding(mesh, spec)
 
-  rows = place(P(BATCH_AXES))
+  rows = place(P(BATCH_AXES) if num_rows == ROWS else P())
   shardings = (
     rows,
     rows,
     (
-      place(P("expert", "fsdp", "tensor")),
-      place(P("expert", "fsdp", "tensor")),
-      place(P("expert", "tensor", "fsdp")),
+      place(P("expert", GATHERED, "tensor")),
+      place(P("expert", GATHERED, "tensor")),
+      place(P("expert", "tensor", GATHERED)),
     ),
     rows,
     rows,
   )
 
+  parts = MESHES[mesh_name].sequence
+  length = ROWS * TOKENS // num_rows
+  order = token_order.token_order(length, parts)
+
+  def in_rows(flat):  # as they lie
+    return flat.reshape(num_rows, length, *flat.shape[1:])[:, order]
+
   def run(x, logits, kernels, valid, upstream):
     def loss(x, logits, kernels):
-      affinity = Affinity(plain=logits, logits=logits, bias=None, valid=valid)
-      out, _, meetings = mixture(
-        x, affinity, kernels, config=config, num_rows=ROWS
+      logits = in_rows(logits)
+      affinity = Affinity(
+        plain=logits, logits=logits, bias=None, valid=in_rows(valid)
       )
+      out, _, meetings = mixture(
+        in_rows(x), affinity, kernels, config=config, token_parts=parts
+      )
+      out = out[:, np.argsort(order)].reshape(x.shape)
       return jnp.sum(out * upstream), (out, meetings.dropped)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -159,12 +175,12 @@ def _on_mesh(config: MoeConfig, mesh_name: str):
   return jax.jit(run, in_shardings=shardings), shardings
 
 
-def _check(config: MoeConfig, mesh_name: str, choice: str):
+def _check(config: MoeConfig, mesh_name: str, choice: str, **fields):
   x, logits, kernels, valid = _inputs(choice)
   upstream = jnp.asarray(
     np.random.default_rng(8).normal(size=x.shape), jnp.float32
   )
-  run, shardings = _on_mesh(config, mesh_name)
+  run, shardings = _on_mesh(config, mesh_name, **fields)
   out, grads, _ = run(
     *jax.device_put((x, logits, kernels, valid, upstream), shardings)
   )
@@ -172,8 +188,8 @@ def _check(config: MoeConfig, mesh_name: str, choice: str):
   expected, pull_back = jax.vjp(
     functools.partial(_expected, met=met), x, logits, kernels
   )
-  # Sums of up to 48 products, over up to 96 rows, in another order.
-  tolerance = (10 + np.sqrt(96)) * np.sqrt(48) * 2.0**-24
+  # Sums of up to 48 products, over up to 128 rows, in another order.
+  tolerance = (10 + np.sqrt(128)) * np.sqrt(48) * 2.0**-24
 
   def close(actual, wanted):
     scale = np.max(np.abs(wanted))
@@ -191,7 +207,7 @@ def _config(exchange: str, **fields) -> MoeConfig:
 
 
 @pytest.mark.parametrize("choice", ["any", "one", "two", "own", "masked"])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", EXPERT_MESHES)
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.usefixtures("ragged")
 def test_exchanges_equal_one_device(exchange, mesh, choice):
@@ -213,6 +229,21 @@ def test_exchanges_equal_one_device(exchange, mesh, choice):
 @pytest.mark.usefixtures("ragged")
 def test_exchanges_of_other_sizes_equal_one_device(exchange, fields, choice):
   _check(_config(exchange, **fields), "expert 4", choice)
+
+
+@pytest.mark.parametrize("choice", ["any", "one", "own", "masked"])
+@pytest.mark.parametrize("mesh", ["sequence 2", "sequence 4"])
+def test_capacity_is_given_out_in_the_order_of_the_batch(mesh, choice):
+  """Also where the tokens of a row lie on several devices."""
+  _check(_config("all_to_all", capacity_factor=0.6), mesh, choice)
+
+
+@pytest.mark.parametrize("choice", ["any", "one", "masked"])
+@pytest.mark.parametrize("capacity_factor", [None, 0.75])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_one_long_row_is_computed_on_all_devices(mesh, capacity_factor, choice):
+  config = _config("all_to_all", capacity_factor=capacity_factor)
+  _check(config, mesh, choice, num_rows=1)
 
 
 def _group(**fields) -> Group:
@@ -261,10 +292,15 @@ def test_ragged_exchange_is_refused_on_cpu():
     expert_parallel._chosen(config, _group(), bytes_per_row=4)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("exchange", ["all_to_all", "all_gather"])
-def test_kernels_are_not_gathered_over_the_expert_axis(exchange, mesh):
-  run, shardings = _on_mesh(_config(exchange), mesh)
+@pytest.mark.parametrize("mesh", EXPERT_MESHES)
+@pytest.mark.parametrize(
+  ("exchange", "num_rows"), [("all_to_all", 8), ("all_gather", 8), (None, 1)]
+)
+def test_kernels_are_not_gathered_over_the_expert_axis(
+  exchange, num_rows, mesh
+):
+  config = _config(exchange or "all_to_all")
+  run, shardings = _on_mesh(config, mesh, num_rows)
   x, logits, kernels, valid = _inputs("any")
   arguments = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(
@@ -275,7 +311,7 @@ def test_kernels_are_not_gathered_over_the_expert_axis(exchange, mesh):
   )
   text = run.lower(*arguments).compile().as_text() or ""
   gathered = re.findall(r"= (\S+) all-gather(?:-start)?\(", text)
-  assert gathered  # numbers of rows, at least
+  assert gathered or num_rows == 1  # numbers of rows, at least
   whole = EXPERTS * WIDTH * HIDDEN // MESHES[mesh].tensor
   for shape in gathered:
     (sizes,) = re.findall(r"\[([\d,]*)\]", shape)
