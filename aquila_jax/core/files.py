@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import os
+
 from etils import epath
+
+
+def has_rename(path: epath.Path) -> bool:
+  """Whether a directory can take its name in one instant: not on gs://."""
+  return "://" not in os.fspath(path)
 
 
 def replace_text(path: epath.Path, text: str) -> None:
   """Writes a file beside its place and renames it into it.
 
+  Where there is no rename a file is whole or not there anyway.
+
   Args:
     path: the file; its folder must exist.
     text: all of the content.
   """
+  if not has_rename(path):
+    path.write_text(text)
+    return
   partial = path.parent / f".{path.name}.partial"
   try:
     partial.write_text(text)

@@ -93,25 +93,6 @@ def by_first(act: Callable[[], object], *, name: str) -> None:
   barrier(name)
 
 
-def gathered(value: Any, *, name: str) -> list[Any]:
-  """What every process says, in the order of processes.
-
-  Args:
-    value: plain JSON.
-    name: as of `barrier`.
-
-  Returns:
-    The values, of all.
-  """
-  if not are_several():
-    return [value]
-  key = _key("gathered", name)
-  client().key_value_set(f"{key}/{index()}", json.dumps(value))
-  barrier(name)
-  found = dict(client().key_value_dir_get(f"{key}/"))
-  return [json.loads(found[f"{key}/{i}"]) for i in range(count())]
-
-
 def _key(kind: str, name: str) -> str:
   return f"{_KEYS}/{kind}/{next(_numbers)}/{name}"
 

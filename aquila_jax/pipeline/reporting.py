@@ -15,7 +15,7 @@ from etils import epath
 
 from aquila_jax import version
 from aquila_jax.core import config as config_lib
-from aquila_jax.core import errors
+from aquila_jax.core import errors, processes
 from aquila_jax.core.experiment_config import ExperimentConfig
 from aquila_jax.core.lineage import Lineage
 from aquila_jax.evaluation.report import write_report
@@ -132,6 +132,7 @@ def _machine() -> dict[str, object]:
     if devices[0].platform == "cpu"
     else devices[0].device_kind,
     "devices": len(devices),
+    "processes": processes.count(),
     "CPU cores": os.cpu_count(),
     "system": f"{platform.system()} {platform.machine()}",
     "peak memory of the process": f"{peak_memory_bytes() / 2**30:.2f} GiB",

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -309,6 +310,22 @@ def test_what_four_processes_began_one_ends_on_another_mesh(
   ]
   assert positions[0]["data_state"] == positions[1]["data_state"]
   assert positions[0]["data_state"]["rows"] == STEPS * BATCH_SIZE
+
+
+def test_a_full_disk_of_one_process_ends_both_with_4(quick, data, tmp_path):
+  run = tmp_path / "run"
+  job = _start(quick, 2, _command(data, run, UNVALIDATED))
+  # No file of the second may be larger than that.
+  resource.prlimit(job.processes[1].pid, resource.RLIMIT_FSIZE, (100, 100))
+  first, second = job.ended()
+  full = (
+    f"{run}/checkpoints: step 4 could not be saved: File too large; nothing was"
+    " saved before; free some space, and the same command goes on"
+  )
+  assert (first.code, second.code) == (4, 4)
+  assert second.last_line == f"aquila_jax: process 1: {full}"
+  assert first.last_line == f"aquila_jax: process 1 has ended: {full}"
+  assert not (run / "checkpoints" / "4").exists()
 
 
 def test_who_cannot_come_together_is_told_so_in_time(quick, data, tmp_path):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
@@ -13,7 +15,7 @@ _SLURM = {
   "SLURM_PROCID": "2",
   "SLURM_LOCALID": "0",
 }
-_TWO = dict(coordinator="host:1234", num_processes=2)
+_TWO: dict[str, Any] = dict(coordinator="host:1234", num_processes=2)
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +51,9 @@ def test_flags_and_variables_fill_each_other_in(environment):
     coordinator="[::1]:1234", num_processes=4, process_id=3, cluster=""
   )
   assert expected.address == ("::1", 1234)
-  given = dict(coordinator="[::1]:1234", num_processes=4, process_id=3)
+  given: dict[str, Any] = dict(
+    coordinator="[::1]:1234", num_processes=4, process_id=3
+  )
   assert find_settings(**given) == expected
   environment.setenv("JAX_COORDINATOR_ADDRESS", "[::1]:1234")
   environment.setenv("JAX_PROCESS_ID", "3")
