@@ -310,5 +310,10 @@ class _Abort:
     verdict = self.explain()
     if verdict is None:
       faulthandler.dump_traceback(_STDERR, all_threads=True)
+      line = (
+        f"{_PROGRAM}: {prefix()}aborted by jax or XLA, which say why above; a"
+        " process that was lost, or has come twice, is one reason\n"
+      )
+      os.write(_STDERR, line.encode())
     else:
       end(verdict)

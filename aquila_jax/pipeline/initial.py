@@ -188,12 +188,15 @@ class Start:
     )
 
   def _scratch(self, seed: int) -> StoredModel:
-    initialise = functools.partial(decoder_lm.init_params, self.stage.model)
+    initialise = jax.jit(
+      functools.partial(decoder_lm.init_params, self.stage.model),
+      out_shardings=self._shardings(),
+    )
     event = Event(kind="scratch", name=self.name, options={"seed": seed})
     return StoredModel(
       config=self.stage.model,
       lineage=Lineage(events=(event,)),
-      params=jax.jit(initialise)(key=jax.random.key(seed)),
+      params=initialise(key=jax.random.key(seed)),
       tokenizer=self.context.data.tokenizer_text,
     )
 
