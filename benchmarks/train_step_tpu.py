@@ -29,10 +29,9 @@ from typing import Any
 from absl import app, flags
 
 from aquila_jax.core.experiment_config import OptimizerConfig, TrainConfig
-from aquila_jax.kernels.target import Target, compiling_for
+from aquila_jax.pipeline.planned import lowered_step
 from aquila_jax.planning.tpu_schedule import Clock
 from aquila_jax.sharding.mesh import make_mesh
-from aquila_jax.training.program import make_program
 from benchmarks import gpu_clock
 from benchmarks.pod_step import ROWS, TOKENS, Case, Row, cases, row_of, steps
 
@@ -55,11 +54,9 @@ def _ours(case: Case, clock: Clock) -> Row:
     optimizer=OptimizerConfig(learning_rate=1e-4),
   )
   device = clock.device
-  there = Target(platform=device.platform, device_kind=device.device_kind)
-  with compiling_for(there):
-    lowered = make_program(
-      case.model, config, mesh=mesh, total_steps=config.steps
-    ).lower()
+  _, lowered = lowered_step(
+    case.model, config, mesh=mesh, total_steps=config.steps
+  )
   started = time.perf_counter()
   schedule = clock.compile(lowered)
   compile_s = time.perf_counter() - started

@@ -50,6 +50,11 @@ def take_overrides(argv: Sequence[str]) -> list[str]:
   return rest
 
 
+def overrides() -> list[tuple[str, str]]:
+  """What `take_overrides` took: dotted paths and values as text, in order."""
+  return list(_overrides)
+
+
 def define_flag(*, required: bool = True) -> flags.FlagHolder:
   """Defines --config, for the commands that take one."""
   return flags.DEFINE_string(

@@ -17,14 +17,16 @@ from aquila_jax.core import processes
 from aquila_jax.core.allocator import keep_freed_memory
 from aquila_jax.evaluation.summary import summary_table
 from aquila_jax.pipeline.context import say_on_stderr
-from aquila_jax.pipeline.run import run_pipeline
+from aquila_jax.pipeline.run import replay_in_pipeline, run_pipeline
 from aquila_jax.training.compilation import enable_compilation_cache
 
 _CONFIG = config_door.define_flag()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Takes everything that is written.", required=True
 )
+_STAGE = model_flags.define_stage()
 _EXPLAIN_SHARDING = model_flags.define_explain_sharding()
+_REPLAY_STEP = model_flags.define_replay_step()
 
 
 def main() -> None:
@@ -37,6 +39,19 @@ def main() -> None:
     return
   enable_compilation_cache()
   workdir = epath.Path(_WORKDIR.value).expanduser()
+  if _REPLAY_STEP.value:
+    page = replay_in_pipeline(
+      experiment,
+      workdir,
+      stage=model_flags.stage_name(experiment, _STAGE.value),
+      step=_REPLAY_STEP.value,
+      say=say_on_stderr,
+    )
+    print(page)
+    return
+  model_flags.refuse_given(
+    _STAGE, why="the pipeline says which stages run; it is for --replay_step"
+  )
   finished = run_pipeline(experiment, workdir, say=say_on_stderr)
   if finished is None:
     return

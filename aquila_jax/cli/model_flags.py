@@ -59,6 +59,18 @@ def define_explain_sharding() -> flags.FlagHolder[bool]:
   return holder
 
 
+def define_replay_step() -> flags.FlagHolder[int]:
+  """Defines --replay_step, for the commands that train."""
+  holder: Any = flags.DEFINE_integer(
+    "replay_step",
+    0,
+    "Takes this step of a run in WORKDIR again, alone, and says what its batch"
+    " is and does: rows, gradients by leaf; nothing of the run is changed.",
+    lower_bound=0,
+  )
+  return holder
+
+
 def explain_sharding(experiment: ExperimentConfig, names: Sequence[str]) -> str:
   """Tables of those stages.
 

@@ -27,6 +27,7 @@ from aquila_jax.pipeline.context import (
 )
 from aquila_jax.pipeline.initial import Start
 from aquila_jax.pipeline.preflight import check_config, check_data
+from aquila_jax.pipeline.replaying import replay_step
 from aquila_jax.pipeline.stage import check_unchanged, is_done, run_stage
 from aquila_jax.pipeline.workdir_lock import locked
 from aquila_jax.training.compilation import enable_compilation_cache
@@ -50,6 +51,7 @@ _PROFILE_STEPS = flags.DEFINE_list(
   " WORKDIR/profile.",
 )
 _EXPLAIN_SHARDING = model_flags.define_explain_sharding()
+_REPLAY_STEP = model_flags.define_replay_step()
 _SAVE_OPTIMIZER = flags.DEFINE_bool(
   "save_optimizer", True, "Whether the MODEL gets the optimizer state."
 )
@@ -81,6 +83,9 @@ def main() -> None:
     context = make_context(experiment, workdir, say=say_on_stderr)
     stage = experiment.stages[name]
     start = Start(context=context, name=name, stage=stage, locate=str)
+    if _REPLAY_STEP.value:
+      print(replay_step(start, workdir, _REPLAY_STEP.value))
+      return
     check_unchanged(start, workdir)
     check_data(context, stages=to_do)
     records.write(workdir / "config.json", records.plain(experiment))

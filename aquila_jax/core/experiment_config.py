@@ -376,6 +376,45 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SpikeConfig:
+  """What becomes of steps that get out of hand (training/spikes.py).
+
+  "skip" changes nothing but the step's number. "rewind" goes back to the newest
+  checkpoint before the step, and on with the batch after the step's.
+  """
+
+  # Of a loss, gradient or parameter that is not finite.
+  nonfinite: Literal["stop", "skip", "rewind"] = "stop"
+  # Of a loss or gradient norm far above those of the last steps.
+  spike: Literal["ignore", "skip", "rewind"] = "ignore"
+  sigmas: float = 6.0  # standard deviations above their mean
+  window: int = 128  # steps
+  # Steps that a checkpoint must lie before the one it is for.
+  rewind_margin: int = 1
+  # Steps skipped in a row, or ways back to one checkpoint, after which the run
+  # stops: it will not get better by itself.
+  most_in_a_row: int = 10
+
+  def __post_init__(self):
+    require(self.sigmas > 0, f"sigmas={self.sigmas}: need > 0")
+    require(self.window >= 4, f"window={self.window}: need >= 4")
+    require(
+      self.rewind_margin >= 1, f"rewind_margin={self.rewind_margin}: need >= 1"
+    )
+    require(
+      self.most_in_a_row >= 1, f"most_in_a_row={self.most_in_a_row}: need >= 1"
+    )
+
+  @property
+  def can_skip(self) -> bool:
+    return "skip" in (self.nonfinite, self.spike)
+
+  @property
+  def can_rewind(self) -> bool:
+    return "rewind" in (self.nonfinite, self.spike)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
   """One stage of training."""
 
@@ -393,6 +432,7 @@ class TrainConfig:
   optimizer: OptimizerConfig
   loss: LossConfig = LossConfig()
   freeze: FreezeConfig = FreezeConfig()
+  spikes: SpikeConfig = SpikeConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   log_every: int = 10  # steps
   # Steps between validations while training; 0 is none.

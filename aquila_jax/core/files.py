@@ -1,4 +1,4 @@
-"""Text files that are replaced as a whole: a reader never finds half of one."""
+"""Files that are replaced as a whole: a reader never finds half of one."""
 
 from __future__ import annotations
 
@@ -21,12 +21,17 @@ def replace_text(path: epath.Path, text: str) -> None:
     path: the file; its folder must exist.
     text: all of the content.
   """
+  replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: epath.Path, content: bytes) -> None:
+  """As `replace_text`, of bytes."""
   if not has_rename(path):
-    path.write_text(text)
+    path.write_bytes(content)
     return
   partial = path.parent / f".{path.name}.partial"
   try:
-    partial.write_text(text)
+    partial.write_bytes(content)
     partial.replace(path)
   except OSError:
     partial.unlink(missing_ok=True)

@@ -84,3 +84,5 @@ class TrainState(struct.PyTreeNode):
   ema: Params | None = None
   # float32 [L]; the weight of each layer's balance loss, where it adapts.
   balance_weights: Leaf | None = None
+  # float32 [2 W]; of the last steps, where spikes are watched for.
+  recent: Leaf | None = None

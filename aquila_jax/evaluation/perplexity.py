@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
-from aquila_jax.core import dtypes, errors, processes
+from aquila_jax.core import errors, processes
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.types import Batch, Params
 from aquila_jax.data import loader
@@ -24,33 +23,8 @@ from aquila_jax.generation.decoding import inference_config
 from aquila_jax.models import decoder_lm
 from aquila_jax.models.causality import warn_unless_causal
 from aquila_jax.models.chosen_experts import chosen_experts
-from aquila_jax.models.decoder_lm import DecoderLM
+from aquila_jax.models.target_nats import target_nats
 from aquila_jax.sharding.rules import param_shardings
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _target_nats(
-  config: ModelConfig,
-  params: Params,
-  batch: Batch,
-  mask_value: Float[Array, ""] | float | None = None,
-) -> Float[Array, "B T"]:
-  """-log probability of every target, 0 where it has no weight."""
-  out: Any = DecoderLM(config).apply(
-    {"params": params},
-    batch.tokens,
-    positions=batch.positions,
-    segments=batch.segments,
-    mask_value=mask_value,
-  )
-  # At least float32: a log-softmax over the vocabulary.
-  logits = out.logits.astype(dtypes.at_least_float32(out.logits.dtype))
-  index = batch.targets[..., None].astype(jnp.int32)
-  chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
-  nats = jax.nn.logsumexp(logits, axis=-1) - chosen
-  # A product would turn an infinity of padding into NaN.
-  return jnp.where(batch.weights > 0, nats, jnp.zeros((), nats.dtype))
-
 
 _experts = functools.partial(jax.jit, static_argnames="config")(chosen_experts)
 
@@ -187,7 +161,7 @@ class Evaluator:
   ) -> Float[Array, "B T"]:
     batch = self._placed(batch)
     with self._on_mesh():
-      return _target_nats(self._config, params, batch, mask_value)
+      return target_nats(self._config, params, batch, mask_value)
 
   def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
     """For what the compiler cannot divide, as in a training step."""

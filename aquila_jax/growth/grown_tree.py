@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, runtime_checkable
 
@@ -305,9 +305,7 @@ def _whole(tree: Tree, name: str, spec: LeafSpec) -> jax.Array:
 def _sharded(
   tree: Tree, name: str, spec: LeafSpec, sharding: jax.sharding.NamedSharding
 ) -> jax.Array:
-  update = jax.jit(
-    jax.lax.dynamic_update_slice, donate_argnums=0, out_shardings=sharding
-  )
+  update = update_slice(sharding)
   filled = jnp.zeros(spec.shape, spec.dtype, device=sharding)
   for index in slices(spec):
     part = tree.read(name, index=index)
@@ -323,18 +321,36 @@ def _sharded(
 def _placed(
   part: np.ndarray, sharding: jax.sharding.NamedSharding
 ) -> jax.Array:
-  """A slice on the mesh, split along the dimensions that divide."""
+  return processes.place(part, slice_sharding(part.shape, sharding))
+
+
+def slice_sharding(
+  shape: Sequence[int], sharding: jax.sharding.NamedSharding
+) -> jax.sharding.NamedSharding:
+  """Of a slice of a leaf on the mesh: split where its dimensions divide.
+
+  Args:
+    shape: of the slice, with as many dimensions as the leaf.
+    sharding: of the leaf.
+
+  Returns:
+    Where the slice lies.
+  """
   sizes = sharding.mesh.shape
 
   def fits(dim: int, entry: Any) -> bool:
     names = () if entry is None else entry
     names = (names,) if isinstance(names, str) else names
-    return part.shape[dim] % int(np.prod([sizes[n] for n in names])) == 0
+    return shape[dim] % int(np.prod([sizes[n] for n in names])) == 0
 
   spec = [e if fits(dim, e) else None for dim, e in enumerate(sharding.spec)]
-  return processes.place(
-    part,
-    jax.sharding.NamedSharding(
-      sharding.mesh, jax.sharding.PartitionSpec(*spec)
-    ),
+  return jax.sharding.NamedSharding(
+    sharding.mesh, jax.sharding.PartitionSpec(*spec)
+  )
+
+
+def update_slice(sharding: jax.sharding.NamedSharding) -> Any:
+  """Jitted (leaf, slice, starts) -> the leaf with the slice in its place."""
+  return jax.jit(
+    jax.lax.dynamic_update_slice, donate_argnums=0, out_shardings=sharding
   )

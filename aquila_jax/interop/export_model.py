@@ -40,6 +40,17 @@ class Exported:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportSize:
+  """What an export writes, before there is one."""
+
+  architecture: str  # the class of transformers
+  num_tensors: int
+  num_bytes: int
+  num_shards: int
+  largest_shard: int  # bytes; as much is in memory at a time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Planned:
   """A tensor of the export: a part of a leaf, or idle."""
 
@@ -129,6 +140,35 @@ def export_model(
     num_tensors=len(planned),
     num_bytes=total,
     num_shards=len(shards),
+  )
+
+
+def measure(
+  config: ModelConfig, *, dtype: str, max_shard_bytes: int = 2 * 10**9
+) -> ExportSize:
+  """What `export_model` would write of a model of that architecture.
+
+  Args:
+    config: the architecture.
+    dtype: of the tensors.
+    max_shard_bytes: as there.
+
+  Returns:
+    Its sizes.
+
+  Raises:
+    errors.UserError: where no stock class computes the same.
+  """
+  family, _ = families.write_config(config)
+  planned, itemsize = _plan(family, config), jnp.dtype(dtype).itemsize
+  shards = _cut(planned, itemsize=itemsize, max_bytes=max_shard_bytes)
+  sizes = [sum(_bytes(one, itemsize) for one in shard) for shard in shards]
+  return ExportSize(
+    architecture=family.architecture,
+    num_tensors=len(planned),
+    num_bytes=sum(sizes),
+    num_shards=len(shards),
+    largest_shard=max(sizes),
   )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from aquila_jax.models import decoder_lm
 from aquila_jax.pipeline import scaled_out
 from aquila_jax.pipeline.budget import source_of
 from aquila_jax.pipeline.context import Context
+from aquila_jax.pipeline.host import on_host
 from aquila_jax.pipeline.learned_growth import GrowthJob, learn_growth
 from aquila_jax.sharding.rules import param_shardings
 from aquila_jax.training.inputs import prepared_input
@@ -66,9 +68,10 @@ class Start:
       return None
     what = source_field(self.stage, self.name)
     check_tokenizer(self.context, self.locate(given), what=what)
-    return load_model(
-      self.locate(given), like=decoder_lm.abstract_params, what=what
-    )
+    with self._on_host():
+      return load_model(
+        self.locate(given), like=decoder_lm.abstract_params, what=what
+      )
 
   def forget_source(self) -> None:
     """Frees the source; the next look at it reads it again."""
@@ -116,9 +119,7 @@ class Start:
       source,
       target,
       options,
-      others=scaled_out.load_others(
-        options, locate=self.locate, path=f"{self.path}.init"
-      ),
+      others=self._others(options),
       sample=scaled_out.sample_of(
         self.context,
         plan,
@@ -132,6 +133,17 @@ class Start:
       path=path,
       shardings=self._shardings(),
     )
+
+  def _on_host(self) -> contextlib.AbstractContextManager:
+    mesh = self.context.mesh
+    platform = mesh.devices.flat[0].platform
+    return on_host(platform, num_devices=mesh.size)
+
+  def _others(self, options: ScaleOut) -> list[StoredModel]:
+    with self._on_host():
+      return scaled_out.load_others(
+        options, locate=self.locate, path=f"{self.path}.init"
+      )
 
   def _shardings(self) -> Any:
     """Where the stage's parameters lie; None on a single device."""

@@ -8,18 +8,24 @@ import time
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from aquila_jax.core import errors
-from aquila_jax.core.experiment_config import ExperimentConfig
+from aquila_jax.core.experiment_config import ExperimentConfig, TrainConfig
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.kernels.target import Target, compiling_for
 from aquila_jax.layers.moe import expert_parallel
 from aquila_jax.pipeline import budget
 from aquila_jax.planning import counting, step_plan, tpu_program
+from aquila_jax.planning.pods import Pod
+from aquila_jax.planning.quick_plan import QuickPlan
+from aquila_jax.planning.step_memory import Step
 from aquila_jax.planning.step_plan import Memory, StepPlan
 from aquila_jax.planning.tpu_schedule import Clock, Schedule
-from aquila_jax.sharding.mesh import BATCH_AXES, SEQUENCE_AXIS, make_mesh
+from aquila_jax.sharding.mesh import abstract_mesh, make_mesh
+from aquila_jax.training import inputs
 from aquila_jax.training.program import Program, make_program
+from aquila_jax.training.step import abstract_batch
 
 _OUT_OF_MEMORY = re.compile(r"Ran out of memory[^\n]*")
 # Rows of a tile of the experts' kernels.
@@ -44,21 +50,20 @@ def plan_step(
       there is no TPU compiler; it names the field.
   """
   stage = experiment.stages[stage_name]
-  clock = _clock(topology)
+  clock = make_clock(topology)
   kind = clock.device.device_kind
   mesh = make_mesh(experiment.mesh, clock.devices)
-  with compiling_for(Target(platform="tpu", device_kind=kind)):
-    program = make_program(
-      stage.model,
-      stage.train,
-      mesh=mesh,
-      total_steps=budget.total_steps(experiment, stage_name),
-      path=f"config.stages.{stage_name}.train",
-    )
-    lowered = program.lower()
+  program, lowered = lowered_step(
+    stage.model,
+    stage.train,
+    mesh=mesh,
+    total_steps=budget.total_steps(experiment, stage_name),
+    path=f"config.stages.{stage_name}.train",
+  )
   started = time.perf_counter()
   schedule, message = _compiled(clock, lowered)
   sizes = {str(axis): size for axis, size in mesh.shape.items()}
+  step = Step(model=stage.model, train=stage.train, mesh=mesh.abstract_mesh)
   estimate = None
   if schedule is not None:
     estimate = _estimate(
@@ -67,11 +72,10 @@ def plan_step(
       kind=kind,
       trips=grouped_steps(
         stage.model,
-        num_tokens=stage.train.tokens_per_step
-        // stage.train.num_microbatches
-        // math.prod(mesh.shape[a] for a in (*BATCH_AXES, SEQUENCE_AXIS)),
+        num_tokens=step.tokens,
         expert_devices=mesh.shape["expert"],
       ),
+      filled=step.filled,
     )
   tokens = stage.train.tokens_per_step
   flops = tokens * counting.train_flops_per_token(
@@ -83,6 +87,8 @@ def plan_step(
     device_kind=kind,
     mesh=sizes,
     tokens=tokens,
+    num_microbatches=stage.train.num_microbatches,
+    remat=stage.model.remat,
     flops=flops / len(clock.devices),
     memory=_memory(program, schedule, kind),
     estimate=estimate,
@@ -92,6 +98,65 @@ def plan_step(
     compile_s=time.perf_counter() - started,
     message=message,
   )
+
+
+def lowered_step(
+  model: ModelConfig,
+  train: TrainConfig,
+  *,
+  mesh: Mesh,
+  total_steps: int,
+  path: str = "config.train",
+) -> tuple[Program, jax.stages.Lowered]:
+  """A step for the devices of a mesh, which need not be there.
+
+  Args:
+    model: the architecture.
+    train: of the stage.
+    mesh: of TPUs of a topology.
+    total_steps: of the schedule.
+    path: the dotted name of `train`, for messages.
+
+  Returns:
+    The program, and what is to be compiled.
+
+  Raises:
+    errors.UserError: where they do not fit; it names the field.
+  """
+  device = mesh.devices.flat[0]
+  there = Target(platform=device.platform, device_kind=device.device_kind)
+  with compiling_for(there):
+    program = make_program(
+      model, train, mesh=mesh, total_steps=total_steps, path=path
+    )
+    return program, program.lower()
+
+
+def plan_memory(
+  experiment: ExperimentConfig, stage_name: str, pod: Pod
+) -> QuickPlan:
+  """What the step of a stage takes, by arithmetic.
+
+  Args:
+    experiment: with the mesh.
+    stage_name: of its stages.
+    pod: of the chips.
+
+  Returns:
+    The plan.
+
+  Raises:
+    errors.UserError: as `plan_step`, of mesh and model.
+  """
+  stage = experiment.stages[stage_name]
+  mesh = abstract_mesh(experiment.mesh, num_devices=pod.num_devices)
+  inputs.check_batch_divides(
+    stage.train,
+    like=abstract_batch(stage.train, mesh=mesh),
+    path=f"config.stages.{stage_name}.train",
+  )
+  step = Step(model=stage.model, train=stage.train, mesh=mesh)
+  return QuickPlan.of(stage_name, step, pod)
 
 
 def grouped_steps(
@@ -113,7 +178,12 @@ def grouped_steps(
   return tiles + model.moe.num_experts // expert_devices - 1
 
 
-def _clock(topology: str) -> Clock:
+def make_clock(topology: str) -> Clock:
+  """The compiler for a topology of a kind whose rates are known.
+
+  Raises:
+    errors.UserError: where it is none, or there is no TPU compiler.
+  """
   try:
     clock = Clock(topology)
   except RuntimeError as error:
@@ -146,40 +216,47 @@ def _estimate(
   coordinates: tpu_program.Coordinates,
   kind: str,
   trips: int,
+  filled: float,
 ) -> tpu_program.Estimate:
+  """Experts' kernels skip the steps that no rows fill, of even buffers."""
   assert schedule.compiled is not None
   return tpu_program.estimate(
     schedule.compiled.as_text() or "",
     chip=tpu_program.Chip.of(kind),
     coordinates=coordinates,
     kernel_cycles={
-      kernel.name: kernel.cycles_of(trips) for kernel in schedule.kernels
+      kernel.name: round(
+        kernel.cycles_of(trips) * (filled if "expert_" in kernel.name else 1)
+      )
+      for kernel in schedule.kernels
     },
     rare=[expert_parallel.OVERFLOW],
   )
 
 
 def _memory(program: Program, schedule: Schedule | None, kind: str) -> Memory:
-  parameters = _bytes(program.state.params)
-  optimizer = _bytes(program.state.opt_state) + _bytes(program.state.ema)
-  state = _bytes(program.state)
+  parameters = bytes_of_device(program.state.params)
+  optimizer = bytes_of_device(program.state.opt_state) + bytes_of_device(
+    program.state.ema
+  )
+  state = bytes_of_device(program.state)
   temporaries = None
   if schedule is not None:
     assert schedule.compiled is not None
+    if schedule.total_bytes is None:
+      raise RuntimeError("the compiler has written no report of its memory")
     stats: Any = schedule.compiled.memory_analysis()
-    # What comes out beside the new state, metrics, has memory of its own.
-    others = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    temporaries = stats.temp_size_in_bytes + max(0, others)
+    temporaries = schedule.total_bytes - stats.argument_size_in_bytes
   return Memory(
     parameters=parameters,
     optimizer=optimizer,
-    batch=_bytes(program.batch) + state - parameters - optimizer,
+    batch=bytes_of_device(program.batch) + state - parameters - optimizer,
     temporaries=temporaries,
     hbm=step_plan.HBM_BYTES[kind],
   )
 
 
-def _bytes(tree: Any) -> int:
+def bytes_of_device(tree: Any) -> int:
   """Of one device, of shapes with shardings."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

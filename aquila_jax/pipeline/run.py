@@ -14,11 +14,16 @@ import dataclasses
 
 from etils import epath
 
-from aquila_jax.core import processes
+from aquila_jax.core import errors, processes
 from aquila_jax.core.experiment_config import ExperimentConfig
 from aquila_jax.evaluation.results import ReportInput
 from aquila_jax.pipeline import records
-from aquila_jax.pipeline.context import Say, make_context, make_workdir
+from aquila_jax.pipeline.context import (
+  Context,
+  Say,
+  make_context,
+  make_workdir,
+)
 from aquila_jax.pipeline.evaluate import evaluate_stage
 from aquila_jax.pipeline.initial import Start
 from aquila_jax.pipeline.preflight import (
@@ -26,6 +31,7 @@ from aquila_jax.pipeline.preflight import (
   check_data,
   check_order,
 )
+from aquila_jax.pipeline.replaying import replay_step
 from aquila_jax.pipeline.reporting import make_report
 from aquila_jax.pipeline.stage import check_unchanged, is_done, run_stage
 from aquila_jax.pipeline.workdir_lock import locked
@@ -38,6 +44,40 @@ class Finished:
   report: ReportInput
   report_path: epath.Path
   did_nothing: bool  # all of it had been done before
+
+
+def replay_in_pipeline(
+  experiment: ExperimentConfig,
+  workdir: epath.Path,
+  *,
+  stage: str,
+  step: int,
+  say: Say,
+) -> str:
+  """Takes a step of a stage again; see replaying.py.
+
+  Args:
+    experiment: of the workdir.
+    workdir: of the experiment.
+    stage: of its pipeline.
+    step: which, from 1.
+    say: takes a line for the person at the terminal.
+
+  Returns:
+    The page.
+
+  Raises:
+    errors.UserError: where there is no such stage or step.
+  """
+  directories = _directories(experiment, workdir)
+  if stage not in directories:
+    raise errors.unknown_name("--stage", stage, directories)
+  if not directories[stage].is_dir():
+    raise errors.UserError(f"--workdir={workdir}: {stage} has not begun in it")
+  with locked(workdir):
+    context = make_context(experiment, workdir, say=say)
+    start = _start(context, stage, directories)
+    return replay_step(start, directories[stage], step)
 
 
 def run_pipeline(
@@ -61,14 +101,34 @@ def run_pipeline(
     errors.DiskFull: where a checkpoint could not be saved.
     Interrupted: after SIGTERM or SIGINT, when the step is saved.
   """
-  directories = {
-    name: workdir / "stages" / name for name in experiment.pipeline
-  }
+  directories = _directories(experiment, workdir)
   check_order(experiment)
   check_config(experiment, stages=_to_do(directories))
   make_workdir(workdir)
   with locked(workdir):
     return _run(experiment, workdir, directories, say=say)
+
+
+def _directories(
+  experiment: ExperimentConfig, workdir: epath.Path
+) -> dict[str, epath.Path]:
+  return {name: workdir / "stages" / name for name in experiment.pipeline}
+
+
+def _start(
+  context: Context, name: str, directories: dict[str, epath.Path]
+) -> Start:
+  def locate(source: str) -> str:
+    if source in directories:
+      return str(directories[source] / "model")
+    return source
+
+  return Start(
+    context=context,
+    name=name,
+    stage=context.experiment.stages[name],
+    locate=locate,
+  )
 
 
 def _to_do(directories: dict[str, epath.Path]) -> list[str]:
@@ -84,21 +144,7 @@ def _run(
 ) -> Finished | None:
   to_do = _to_do(directories)
   context = make_context(experiment, workdir, say=say)
-
-  def locate(source: str) -> str:
-    if source in directories:
-      return str(directories[source] / "model")
-    return source
-
-  starts = {
-    name: Start(
-      context=context,
-      name=name,
-      stage=experiment.stages[name],
-      locate=locate,
-    )
-    for name in directories
-  }
+  starts = {name: _start(context, name, directories) for name in directories}
   for name, directory in directories.items():
     check_unchanged(starts[name], directory)
   check_data(context, stages=to_do)

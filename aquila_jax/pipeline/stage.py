@@ -88,15 +88,7 @@ def run_stage(
   if is_done(directory):
     context.say(f"{name}: done")
     return
-  evaluators = functools.cache(
-    functools.partial(
-      context.evaluator,
-      split="validation",
-      sequence_length=start.stage.train.sequence_length,
-      max_tokens=start.stage.train.evaluate_tokens,
-    )
-  )
-  initial = _Initial(start)
+  evaluators, initial = _evaluators(start), _Initial(start)
   if found is None:
     opening = _open(start, initial.look(), evaluators)
     records.write(directory / "stage.json", dataclasses.asdict(opening))
@@ -105,6 +97,34 @@ def run_stage(
   job = _job(start, opening, directory, evaluators=evaluators, initial=initial)
   result = train(dataclasses.replace(job, profile_steps=profile_steps))
   _finish(start, opening, result, directory, save_optimizer=save_optimizer)
+
+
+def job_of(start: Start, directory: epath.Path) -> TrainJob:
+  """The training of a stage that has begun.
+
+  Raises:
+    errors.UserError: where its record is damaged.
+  """
+  found = records.read(directory / "stage.json")
+  assert found is not None, "the stage has not begun"
+  return _job(
+    start,
+    Opening(**found),
+    directory,
+    evaluators=_evaluators(start),
+    initial=_Initial(start),
+  )
+
+
+def _evaluators(start: Start) -> _Evaluators:
+  return functools.cache(
+    functools.partial(
+      start.context.evaluator,
+      split="validation",
+      sequence_length=start.stage.train.sequence_length,
+      max_tokens=start.stage.train.evaluate_tokens,
+    )
+  )
 
 
 class _Initial:

@@ -69,6 +69,8 @@ class StepPlan:
     device_kind: of these.
     mesh: axis -> size.
     tokens: of a step, on all devices.
+    num_microbatches: that they are in.
+    remat: of the model.
     flops: of a step on one device, what the model needs (planning/counting.py).
     memory: of one device.
     estimate: of the program; None where it does not fit.
@@ -82,6 +84,8 @@ class StepPlan:
   device_kind: str
   mesh: dict[str, int]
   tokens: int
+  num_microbatches: int
+  remat: str
   flops: float
   memory: Memory
   estimate: Estimate | None
@@ -140,6 +144,8 @@ class StepPlan:
       message=self.message,
       memory=dataclasses.asdict(self.memory) | dict(total=self.memory.total),
       tokens_per_step=self.tokens,
+      num_microbatches=self.num_microbatches,
+      remat=self.remat,
       flops_per_device=self.flops,
       seconds=time,
       mfu=self.mfu,

@@ -20,8 +20,11 @@ second together (Austin et al., "How to Scale Your Model", section 3):
 
   all-gather, reduce-scatter   V / (n W)
   all-reduce                   2 V / (n W)
-  all-to-all                   V / (4 n W)
-  collective-permute           V / (W / 2)
+  all-to-all                   v k / (4 W)
+  collective-permute           v / (W / 2)
+
+where v bytes are what one device has, and k chips the longest of the group's
+dimensions: on a ring of k what is sent goes k / 4 links on average.
 """
 
 from __future__ import annotations
@@ -326,13 +329,9 @@ _FREE = {
   "copy-done",
 }
 # Of the whole array V, by what a link carries; see the module.
-_LINKS = {
-  "all-gather": 1.0,
-  "reduce-scatter": 1.0,
-  "all-reduce": 2.0,
-  "all-to-all": 0.25,
-  "ragged-all-to-all": 0.25,
-}
+_LINKS = {"all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.0}
+_ALL_TO_ALL = ("all-to-all", "ragged-all-to-all")
+_COLLECTIVES = (*_LINKS, *_ALL_TO_ALL, "collective-permute")
 
 
 class _Reader:
@@ -393,7 +392,7 @@ class _Reader:
       called = called or _called(one, "called_computation")
       assert called is not None, one
       yield from self.computation(called, trips=trips)
-    elif opcode.removesuffix("-start") in (*_LINKS, "collective-permute"):
+    elif opcode.removesuffix("-start") in _COLLECTIVES:
       yield self._collective(one, shapes, trips=trips)
     else:
       yield self._compute(one, shapes, trips=trips)
@@ -455,11 +454,13 @@ class _Reader:
     if one.opcode.endswith("-start"):
       outputs = max(outputs - inputs, inputs)
     whole = max(inputs, outputs)
+    spanned, link = self._spanned(group), self.chip.link_bytes
     if opcode == "collective-permute":
-      seconds = whole / (self.chip.link_bytes / 2)
+      seconds = whole / (link / 2)
+    elif opcode in _ALL_TO_ALL:
+      seconds = whole * max(spanned) / (4 * link)
     else:
-      links = self.chip.link_bytes * self._spanned(group)
-      seconds = _LINKS[opcode] * whole / links
+      seconds = _LINKS[opcode] * whole / (link * len(spanned))
     return Part(
       name=one.name,
       opcode=opcode,
@@ -471,11 +472,11 @@ class _Reader:
       group=tuple(group),
     )
 
-  def _spanned(self, group: Sequence[int]) -> int:
-    """The dimensions of the torus along which a group's devices differ."""
+  def _spanned(self, group: Sequence[int]) -> list[int]:
+    """Chips along each dimension of the torus that a group spans."""
     places = [self.coordinates[device] for device in group]
-    dims = sum(len(set(along)) > 1 for along in zip(*places, strict=True))
-    return max(1, dims)
+    chips = [len(set(along)) for along in zip(*places, strict=True)]
+    return [count for count in chips if count > 1] or [1]
 
   def _compute(
     self, one: _Instruction, shapes: Mapping[str, str], *, trips: int

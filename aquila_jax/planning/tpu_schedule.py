@@ -45,6 +45,9 @@ _FLAGS = (
   "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
   " --xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
 )
+# What the compiler says of the memory that it has assigned.
+REPORT = "*.after_optimizations-memory-usage-report.txt"
+_TOTAL = re.compile(r"Memory Space: default[^\n]*\nTotal bytes: (\d+)")
 # NUMBER-NAME-PASS-final_bundles.txt; not the analysis beside it, and not what
 # frames the program.
 _FILE = re.compile(r"\d+-(?P<name>[^<].*)-\d+-final_bundles\.txt")
@@ -171,6 +174,10 @@ class Schedule:
 
   kernels: tuple[Kernel, ...]
   compiled: jax.stages.Compiled | None = None
+  # Of HBM, arguments among them, as the compiler has assigned it; by these it
+  # refuses a program. `memory_analysis` has other sums: its temporaries count
+  # what loops carry twice, its peak leaves out what lies idle between arrays.
+  total_bytes: int | None = None
 
   @property
   def cycles(self) -> int:
@@ -261,14 +268,20 @@ class Clock:
 
   def compile(self, lowered: jax.stages.Lowered) -> Schedule:
     """Compiles what was lowered for devices of this topology, and reads it."""
-    with self.recording() as kernels:
-      compiled = lowered.compile()
-    return Schedule(kernels=tuple(kernels), compiled=compiled)
+    with tempfile.TemporaryDirectory(dir=self.folder) as report:
+      options = dict(xla_dump_to=report, xla_dump_hlo_as_text=True)
+      with self.recording() as kernels:
+        compiled = lowered.compile(compiler_options=options)
+      return Schedule(
+        kernels=tuple(kernels),
+        compiled=compiled,
+        total_bytes=total_bytes(pathlib.Path(report)),
+      )
 
   @contextlib.contextmanager
   def recording(self) -> Iterator[list[Kernel]]:
     """The kernels of what is compiled within, at the end of it."""
-    for file in self.folder.iterdir():
+    for file in self.folder.glob("*.txt"):
       file.unlink()
     kernels: list[Kernel] = []
     yield kernels
@@ -299,6 +312,16 @@ def read(folder: pathlib.Path) -> list[Kernel]:
       text = file.read_text(encoding="utf-8", errors="replace")
       kernels.append(parse(text, name=name))
   return kernels
+
+
+def total_bytes(folder: pathlib.Path) -> int | None:
+  """Of HBM, by the reports in `folder` on a program; None without any."""
+  totals = [
+    int(found[1])
+    for file in folder.glob(REPORT)
+    if (found := _TOTAL.search(file.read_text(encoding="utf-8")))
+  ]
+  return max(totals, default=None)
 
 
 def _kernel_of(file: pathlib.Path) -> str | None:

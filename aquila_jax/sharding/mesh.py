@@ -9,7 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import (
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+)
 
 from aquila_jax.core import errors
 from aquila_jax.core.experiment_config import MeshConfig
@@ -42,26 +49,50 @@ def make_mesh(
     errors.UserError: where the sizes do not use up the devices exactly.
   """
   devices = jax.devices() if devices is None else list(devices)
+  sizes = mesh_sizes(config, num_devices=len(devices))
+  # An axis may lie along a part of a dimension of the torus.
+  placed = mesh_utils.create_device_mesh(
+    tuple(sizes.values()), devices, allow_split_physical_axes=True
+  )
+  return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def mesh_sizes(config: MeshConfig, *, num_devices: int) -> dict[str, int]:
+  """Axis -> size, of so many devices.
+
+  Raises:
+    errors.UserError: where the sizes do not use up the devices exactly.
+  """
   sizes = dataclasses.asdict(config)
   given = math.prod(size for size in sizes.values() if size != -1)
-  rest, remainder = divmod(len(devices), given)
+  rest, remainder = divmod(num_devices, given)
   if remainder or (rest != 1 and -1 not in sizes.values()):
-    raise _misfit(sizes, num_devices=len(devices))
-  sizes = {name: rest if n == -1 else n for name, n in sizes.items()}
-  return jax.make_mesh(
+    raise _misfit(sizes, num_devices=num_devices)
+  return {name: rest if n == -1 else n for name, n in sizes.items()}
+
+
+def abstract_mesh(config: MeshConfig, *, num_devices: int) -> AbstractMesh:
+  """As `make_mesh`, of devices that are not there.
+
+  Raises:
+    errors.UserError: as there.
+  """
+  sizes = mesh_sizes(config, num_devices=num_devices)
+  return AbstractMesh(
     tuple(sizes.values()),
     tuple(sizes),
     axis_types=(AxisType.Auto,) * len(sizes),
-    devices=devices,
   )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
   """Rows divided over `BATCH_AXES`, their tokens over `SEQUENCE_AXIS`."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES, SEQUENCE_AXIS))
 
 
-def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+def on_mesh(
+  function: Callable[..., Any], mesh: Mesh | AbstractMesh
+) -> Callable[..., Any]:
   """The function, traced with a mesh in the context.
 
   What the compiler cannot divide divides itself by it, in shard_map.
@@ -73,10 +104,11 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
   Returns:
     A function of the same name.
   """
+  abstract = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
 
   @functools.wraps(function)
   def call(*args, **kwargs):
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with jax.sharding.use_abstract_mesh(abstract):
       return function(*args, **kwargs)
 
   return call

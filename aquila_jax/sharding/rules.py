@@ -72,7 +72,7 @@ _SIZE_FIELDS = {
 }
 
 
-def param_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
+def param_shardings(axes: Any, shapes: Any, mesh: Mesh | AbstractMesh) -> Any:
   """The sharding of every leaf.
 
   Args:
@@ -96,7 +96,7 @@ def param_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
 
 
 def leaf_spec(
-  axes: LeafAxes, shape: tuple[int, ...], *, mesh: Mesh
+  axes: LeafAxes, shape: tuple[int, ...], *, mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
   """The PartitionSpec of one leaf, by the table STORAGE.
 
@@ -154,6 +154,17 @@ def constrained(x: jax.Array, *names: str) -> jax.Array:
   return jax.lax.with_sharding_constraint(
     x, NamedSharding(mesh, PartitionSpec(*entries))
   )
+
+
+def without(spec: PartitionSpec, axes: Sequence[str]) -> PartitionSpec:
+  """A spec of what is whole along mesh axes and lies as before on others."""
+
+  def rest(entry):
+    names = entry if isinstance(entry, tuple) else (entry,)
+    kept = tuple(name for name in names if name and name not in axes)
+    return kept if len(kept) > 1 else next(iter(kept), None)
+
+  return PartitionSpec(*map(rest, spec))
 
 
 def _indivisible(

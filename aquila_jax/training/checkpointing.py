@@ -59,6 +59,14 @@ _HARMLESS = (
 _BEFORE: dict[str, Any] = {
   "train": {
     "mask_steps": 0,
+    "spikes": {
+      "nonfinite": "stop",
+      "spike": "ignore",
+      "sigmas": 6.0,
+      "window": 128,
+      "rewind_margin": 1,
+      "most_in_a_row": 10,
+    },
     "loss": {
       "balance_over": "micro_batch",
       "adaptive_balance": None,
@@ -175,14 +183,20 @@ class Checkpoints:
       self._losses[step] = validation["loss"]
 
   def restore(
-    self, state: TrainState, *, config: JsonDict, path: str = "config"
+    self,
+    state: TrainState,
+    *,
+    config: JsonDict,
+    path: str = "config",
+    step: int | None = None,
   ) -> tuple[TrainState, JsonDict]:
-    """Reads the newest checkpoint.
+    """Reads a checkpoint.
 
     Args:
       state: of `abstract_state`; where every leaf goes.
       config: of `saved_config`, of the present run.
       path: the dotted name of the stage's config, for messages.
+      step: of `newest_until`; None is the newest.
 
     Returns:
       The state and what was saved as `progress`.
@@ -191,7 +205,7 @@ class Checkpoints:
       errors.UserError: where the present config differs from the saved one in
         a field that changes the training; it lists all of them.
     """
-    step = self.latest_step
+    step = self.latest_step if step is None else step
     assert step is not None, "there is no checkpoint"
     small = self._manager.restore(
       step,
@@ -213,6 +227,25 @@ class Checkpoints:
       ),
     )
     return _from_tree(restored["state"], like=state), small["progress"]
+
+  def newest_until(self, step: int) -> int | None:
+    """The newest step that is saved, up to one; None where none is."""
+    steps = [saved for saved in self._manager.all_steps() if saved <= step]
+    return max(steps, default=None)
+
+  def forget_after(self, step: int) -> None:
+    """Removes later steps, so that a new start goes on from this one.
+
+    Raises:
+      errors.DiskFull: where a save in the background had no room.
+    """
+    self.wait()
+    self._join_remover()
+    # The latest first: stopped in between, the rest is a run that goes on.
+    for later in sorted(self._manager.all_steps(), reverse=True):
+      if later > step:
+        self._manager.delete(later)
+        self._losses.pop(later, None)
 
   def check(self) -> None:
     """Raises what has become of a save in the background, if it has failed.
@@ -466,6 +499,8 @@ def _to_tree(state: TrainState) -> dict[str, Any]:
     tree["ema"] = state.ema
   if state.balance_weights is not None:
     tree["balance_weights"] = state.balance_weights
+  if state.recent is not None:
+    tree["recent"] = state.recent
   assert len(jax.tree.leaves(tree)) == len(jax.tree.leaves(state))
   return tree
 
@@ -477,6 +512,7 @@ def _from_tree(tree: Mapping[str, Any], *, like: TrainState) -> TrainState:
     opt_state=set_moments(like.opt_state, AdamMoments(**tree["moments"])),
     ema=tree.get("ema"),
     balance_weights=tree.get("balance_weights"),
+    recent=tree.get("recent"),
   )
 
 

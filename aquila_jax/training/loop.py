@@ -44,6 +44,7 @@ from aquila_jax.training.profiling import Profiler
 from aquila_jax.training.program import Program, make_program
 from aquila_jax.training.progress import Reporter
 from aquila_jax.training.recorder import Recorder, Window
+from aquila_jax.training.spikes import Event, no_steps
 from aquila_jax.training.state import InitialModel
 from aquila_jax.training.throughput import peak_flops
 from aquila_jax.training.watchdog import Watchdog
@@ -125,7 +126,7 @@ def train(job: TrainJob) -> TrainResult:
   """
   goodput = Goodput()
   with goodput.spent("compile"):
-    program, train_step = _build(job)
+    program, train_step = build_step(job)
   workdir, config = job.workdir, job.train
   with (
     StopSignals() as signals,
@@ -149,14 +150,28 @@ def train(job: TrainJob) -> TrainResult:
     ):
       agreement = Agreement(job.mesh)
       batches = job.input.batches(run.data_state)
-      # The order of an iteration is: evaluate, save, next batch, step, log.
-      # A checkpoint of step s so holds what step s logged and its validation,
-      # and the position in the data from which step s + 1 reads.
+      # The order of an iteration is: log, evaluate, save, next batch, step. A
+      # checkpoint of step s so holds what step s logged and its validation, and
+      # the position in the data from which step s + 1 reads.
       while True:
         wishes = agreement.reached(
           Wishes(stop=signals.received, save=_time_to_save(job, run)),
           at_the_end=run.step == job.total_steps,
         )
+        is_logged = not run.recorder.is_empty and _row_is_due(job, run)
+        if (
+          is_logged
+          or _validation_is_due(job, run, wishes=wishes)
+          or _save_is_due(job, run, saved, validation=None, wishes=wishes)
+        ) and _goes_back(job, run, program, saved=saved, writer=writer):
+          batches = job.input.batches(run.data_state)
+          continue
+        if is_logged:
+          epochs = job.input.epochs(run.data_state)
+          row = run.recorder.row(run.step, epochs=epochs)
+          writer.train(row)
+          reporter.show(row)
+
         validation = None
         if _validation_is_due(job, run, wishes=wishes):
           validation = _validate(job, run, saved=saved)
@@ -166,7 +181,6 @@ def train(job: TrainJob) -> TrainResult:
         with goodput.spent("saving"):
           saved.check()
         if _save_is_due(job, run, saved, validation=validation, wishes=wishes):
-          _stop_unless_finite(job, run, saved=saved)
           # First, so that a checkpoint never is without its row.
           _watch(run, writer=writer)
           _save(job, run, saved=saved, validation=validation)
@@ -189,15 +203,10 @@ def train(job: TrainJob) -> TrainResult:
             run.state, metrics = train_step(run.state, batch)
           run.step, run.data_state = run.step + 1, data_state
           run.recorder.add(run.step, metrics)
+          run.data_states[run.step] = data_state
         profiler.after(run.step, result=run.state)
 
         reporter.advance(run.step)
-        if run.step % config.log_every == 0 or run.step == job.total_steps:
-          _stop_unless_finite(job, run, saved=saved)
-          epochs = job.input.epochs(run.data_state)
-          row = run.recorder.row(run.step, epochs=epochs)
-          writer.train(row)
-          reporter.show(row)
     with goodput.spent("saving"):
       saved.wait()
     return _result(job, run, saved=saved)
@@ -215,9 +224,15 @@ class _Run:
   validated_step: int  # the last one
   saved_at: float  # time.monotonic() of the last save
   watch: RoutingWatch | None
+  # After each step whose metrics are not on the host yet.
+  data_states: dict[int, DataState] = dataclasses.field(default_factory=dict)
+  last_skipped: int = -1  # the last step that was
+  skipped_in_a_row: int = 0
+  went_back_to: int = -1  # the checkpoint that the run went back to last
+  times_back: int = 0  # to that one
 
 
-def _build(job: TrainJob) -> tuple[Program, Any]:
+def build_step(job: TrainJob) -> tuple[Program, Any]:
   """The step's program, and it compiled: (state, batch) -> (state, metrics)."""
   warn_unless_causal(job.model, what=f"training of {job.stage}")
   program = make_program(
@@ -261,6 +276,7 @@ def _start(
       optimizer=program.optimizer,
       like=program.state,
       balance_weights=initial_weights(job.train.loss, job.model),
+      recent=no_steps(job.train.spikes),
     )
     progress = {
       "data_state": job.data_state.to_json(),
@@ -268,30 +284,41 @@ def _start(
       "window": {},
       "validated_step": -1,
     }
-  recorder = Recorder(
+  return _Run(
+    step=step,
+    state=state,
+    data_state=DataState.from_json(progress["data_state"]),
+    recorder=_recorder(job, step, progress, wall_s=progress["wall_s"]),
+    goodput=goodput,
+    validated_step=progress["validated_step"],
+    saved_at=time.monotonic(),
+    watch=_routing_watch(job, state, step),
+  )
+
+
+def _recorder(
+  job: TrainJob, step: int, progress: Mapping[str, Any], *, wall_s: float
+) -> Recorder:
+  return Recorder(
     languages=job.input.languages,
     tokens_per_step=job.train.tokens_per_step,
     flops_per_token=job.flops_per_token,
     peak_flops=peak_flops(job.mesh.devices.flatten().tolist()),
     moe_layers=job.model.moe_layers,
     step=step,
-    wall_s=progress["wall_s"],
+    wall_s=wall_s,
     window=Window(**progress["window"]),
   )
-  return _Run(
-    step=step,
-    state=state,
-    data_state=DataState.from_json(progress["data_state"]),
-    recorder=recorder,
-    goodput=goodput,
-    validated_step=progress["validated_step"],
-    saved_at=time.monotonic(),
-    # A run that is done already saves no more.
-    watch=None
-    if job.route is None or step == job.total_steps
-    else RoutingWatch.start(
-      job.route, state.params, layers=job.model.moe_layers, step=step
-    ),
+
+
+def _routing_watch(
+  job: TrainJob, state: TrainState, step: int
+) -> RoutingWatch | None:
+  """A run that is done already saves no more, and needs none."""
+  if job.route is None or step == job.total_steps:
+    return None
+  return RoutingWatch.start(
+    job.route, state.params, layers=job.model.moe_layers, step=step
   )
 
 
@@ -303,6 +330,10 @@ def _watch(run: _Run, *, writer: MetricsWriter) -> None:
   with run.goodput.spent("validation"):
     writer.routing(run.watch.row(run.step, run.state.params))
   run.recorder.clock.exclude(time.perf_counter() - started)
+
+
+def _row_is_due(job: TrainJob, run: _Run) -> bool:
+  return run.step % job.train.log_every == 0 or run.step == job.total_steps
 
 
 def _validation_is_due(job: TrainJob, run: _Run, *, wishes: Wishes) -> bool:
@@ -318,7 +349,6 @@ def _validation_is_due(job: TrainJob, run: _Run, *, wishes: Wishes) -> bool:
 
 
 def _validate(job: TrainJob, run: _Run, *, saved: Checkpoints) -> Row:
-  _stop_unless_finite(job, run, saved=saved)  # waits for the queued steps
   assert job.evaluate is not None
   started = time.perf_counter()
   with run.goodput.spent("validation"):
@@ -346,7 +376,8 @@ def _save_is_due(
   if wishes.stop is not None or run.step == job.total_steps:
     return True
   if run.step == 0:
-    return False
+    # For what may go wrong before the first other one.
+    return job.train.spikes.can_rewind
   rules = job.train.checkpoint
   if run.step % rules.every_steps == 0:
     return True
@@ -386,17 +417,108 @@ def _save(
     )
 
 
-def _stop_unless_finite(
-  job: TrainJob, run: _Run, *, saved: Checkpoints
-) -> None:
-  """Fetches the metrics of all steps so far."""
+def _goes_back(
+  job: TrainJob,
+  run: _Run,
+  program: Program,
+  *,
+  saved: Checkpoints,
+  writer: MetricsWriter,
+) -> bool:
+  """Fetches the metrics of all steps so far, and does what they ask for.
+
+  Returns:
+    Whether the run stands at an earlier checkpoint now.
+
+  Raises:
+    errors.TrainingStopped: where the config says so, or it would go on forever.
+  """
   with run.goodput.spent("steps"):  # it waits for them
-    bad_steps = run.recorder.fetch()
+    events = run.recorder.fetch()
+  policy = job.train.spikes
+  for event in events:
+    if event.stops(policy):
+      break
+    if event.wants_rewind(policy):
+      _go_back(job, run, program, event=event, saved=saved, writer=writer)
+      return True
+    _note_skipped(job, run, event, saved=saved, writer=writer)
+  bad_steps = tuple(event.step for event in events if event.stops(policy))
   if bad_steps:
     raise errors.TrainingStopped(
       f"{job.stage}: loss, gradients or parameters are not finite at"
       f" {_named(bad_steps)}; {saved.last_good}"
     )
+  run.data_states.clear()
+  return False
+
+
+def _note_skipped(
+  job: TrainJob,
+  run: _Run,
+  event: Event,
+  *,
+  saved: Checkpoints,
+  writer: MetricsWriter,
+) -> None:
+  """Says that a step was skipped; too many in a row end the run."""
+  logging.warning("%s: %s; skipped", job.stage, event.in_words())
+  writer.spike({**dataclasses.asdict(event), "then": "skipped"})
+  follows = event.step == run.last_skipped + 1
+  run.skipped_in_a_row = run.skipped_in_a_row + 1 if follows else 1
+  run.last_skipped = event.step
+  if run.skipped_in_a_row >= job.train.spikes.most_in_a_row:
+    raise errors.TrainingStopped(
+      f"{job.stage}: {run.skipped_in_a_row} steps in a row were skipped, the"
+      f" last of them {event.step}; {saved.last_good}"
+    )
+
+
+def _go_back(
+  job: TrainJob,
+  run: _Run,
+  program: Program,
+  *,
+  event: Event,
+  saved: Checkpoints,
+  writer: MetricsWriter,
+) -> None:
+  """To the checkpoint before a step, and past the step's batch."""
+  policy, after = job.train.spikes, run.data_states[event.step]
+  step = saved.newest_until(event.step - policy.rewind_margin)
+  if step is None:
+    raise errors.TrainingStopped(
+      f"{job.stage}: {event.in_words()}; there is no checkpoint of"
+      f" {policy.rewind_margin} steps before it to go back to"
+    )
+  run.times_back = run.times_back + 1 if step == run.went_back_to else 1
+  run.went_back_to = step
+  if run.times_back > policy.most_in_a_row:
+    raise errors.TrainingStopped(
+      f"{job.stage}: {event.in_words()}; the run has gone back to step {step}"
+      f" {policy.most_in_a_row} times; {saved.last_good}"
+    )
+  logging.warning(
+    "%s: %s; going back to step %d, and on after the batch of step %d",
+    *(job.stage, event.in_words(), step, event.step),
+  )
+  writer.spike({**dataclasses.asdict(event), "then": f"back to step {step}"})
+  saved.forget_after(step)
+  with run.goodput.spent("restore"):
+    run.state, progress = saved.restore(
+      program.state,
+      config=job.saved_config,
+      path=job.config_path,
+      step=step,
+    )
+  writer.rewind(step)
+  run.recorder = _recorder(
+    job, step, progress, wall_s=run.recorder.clock.seconds
+  )
+  run.step, run.data_state = step, after
+  run.data_states.clear()
+  run.validated_step = progress["validated_step"]
+  run.watch = _routing_watch(job, run.state, step)
 
 
 def _named(steps: tuple[int, ...]) -> str:

@@ -40,10 +40,11 @@ class JsonlWriter:
 
 
 class MetricsWriter:
-  """The metrics of a workdir: three .jsonl files, and TensorBoard.
+  """The metrics of a workdir: .jsonl files, and TensorBoard.
 
   metrics.jsonl has the rows of logging steps, validation.jsonl those of
-  validations, routing.jsonl those of checkpoints of a mixture. A context
+  validations, routing.jsonl those of checkpoints of a mixture; spikes.jsonl
+  says what became of steps that got out of hand, and is never cut. A context
   manager.
 
   Args:
@@ -53,6 +54,11 @@ class MetricsWriter:
 
   def __init__(self, workdir: epath.Path, *, last_step: int):
     workdir.mkdir(parents=True, exist_ok=True)
+    self._workdir = workdir
+    self._open(last_step)
+
+  def _open(self, last_step: int) -> None:
+    workdir = self._workdir
     self._train = JsonlWriter(workdir / "metrics.jsonl", last_step=last_step)
     self._validation = JsonlWriter(
       workdir / "validation.jsonl", last_step=last_step
@@ -86,6 +92,16 @@ class MetricsWriter:
     self._routing.write(row)
     self._scalars(row, prefix="routing/")
 
+  def spike(self, row: Row) -> None:
+    """Writes what became of a step that got out of hand."""
+    with (self._workdir / "spikes.jsonl").open("a") as file:
+      file.write(json.dumps(_strict(row), allow_nan=False) + "\n")
+
+  def rewind(self, step: int) -> None:
+    """Cuts what is of later steps, as a new start from this one would."""
+    self._close()
+    self._open(step)
+
   def _scalars(self, row: Row, *, prefix: str = "") -> None:
     for name, value in scalars(row):
       if name != "step":
@@ -96,6 +112,9 @@ class MetricsWriter:
     return self
 
   def __exit__(self, *_: object) -> None:
+    self._close()
+
+  def _close(self) -> None:
     self._train.close()
     self._validation.close()
     if self._routing is not None:
@@ -117,6 +136,12 @@ class _NoMetrics(MetricsWriter):
 
   def routing(self, row: Row) -> None:
     del row
+
+  def spike(self, row: Row) -> None:
+    del row
+
+  def rewind(self, step: int) -> None:
+    del step
 
   def __exit__(self, *_: object) -> None:
     pass

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from aquila_jax.core.experiment_config import TrainConfig
 from aquila_jax.core.lineage import Copies
@@ -21,6 +21,7 @@ from aquila_jax.training.balance import initial_weights
 from aquila_jax.training.freezing import NewIndices, trainable_masks
 from aquila_jax.training.growth_mask import mask_schedule
 from aquila_jax.training.optimizers import learning_rate, make_optimizer
+from aquila_jax.training.spikes import no_steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ def make_program(
   model: ModelConfig,
   config: TrainConfig,
   *,
-  mesh: Mesh,
+  mesh: Mesh | AbstractMesh,
   total_steps: int,
   num_languages: int = 1,
   seed: int = 0,
@@ -92,6 +93,7 @@ def make_program(
     mesh=mesh,
     keep_ema=config.optimizer.ema_decay is not None,
     balance_weights=initial_weights(config.loss, model),
+    recent=no_steps(config.spikes),
   )
   train_step = step_lib.make_train_step(
     config,

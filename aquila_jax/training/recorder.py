@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from aquila_jax.training.metrics import Row
+from aquila_jax.training.spikes import Event
 from aquila_jax.training.step import StepMetrics
 
 # Steps that may be queued on the device before the host waits for one.
@@ -98,7 +99,6 @@ class Recorder:
     self._moe_layers = tuple(moe_layers)
     self._pending: list[tuple[int, StepMetrics]] = []
     self._last: StepMetrics | None = None  # on the host
-    self._bad_steps: list[int] = []
     self.window = window or Window()
     self.clock = Clock(wall_s)
     # Rates are of the steps since the last row of this start.
@@ -119,20 +119,29 @@ class Recorder:
     if len(self._pending) > _QUEUE:
       jax.block_until_ready(self._pending[-1 - _QUEUE][1])
 
-  def fetch(self) -> tuple[int, ...]:
+  @property
+  def is_empty(self) -> bool:
+    """Whether `fetch` has nothing to do."""
+    return not self._pending
+
+  def fetch(self) -> list[Event]:
     """Brings pending metrics to the host.
 
     Returns:
-      The steps so far whose loss, gradients or parameters were not finite.
+      Of the steps fetched, those that got out of hand.
     """
+    events = []
     fetched = jax.device_get([metrics for _, metrics in self._pending])
     for (step, _), metrics in zip(self._pending, fetched, strict=True):
-      self.window.add(metrics)
-      if not metrics.finite:
-        self._bad_steps.append(step)
+      event = _event(step, metrics)
+      if event is not None:
+        events.append(event)
+      # A mean with what is not finite would be none.
+      if event is None or event.is_finite or not event.is_skipped:
+        self.window.add(metrics)
       self._last = metrics
     self._pending = []
-    return tuple(self._bad_steps)
+    return events
 
   def row(self, step: int, *, epochs: dict[str, float]) -> Row:
     """The row of a logging step, after `fetch`; starts a new window.
@@ -178,6 +187,21 @@ class Recorder:
     }
     self._rate_step, self._rate_s, self._waited_s = step, wall_s, 0.0
     return fields
+
+
+def _event(step: int, metrics: StepMetrics) -> Event | None:
+  """Of metrics on the host; None of a step as it should be."""
+  is_finite, is_spike = bool(metrics.finite), bool(metrics.spike or False)
+  if is_finite and not is_spike:
+    return None
+  return Event(
+    step=step,
+    loss=float(metrics.total_loss),
+    gradient_norm=float(metrics.gradient_norm),
+    is_finite=is_finite,
+    is_spike=is_spike,
+    is_skipped=bool(metrics.skipped or False),
+  )
 
 
 def _ratio(sum_of_values: float, weight: float) -> float | None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from aquila_jax.core import dtypes, processes
@@ -33,6 +33,7 @@ def create_state(
   moments: AdamMoments | None = None,
   ema: Params | None = None,
   balance_weights: Float[np.ndarray, "L"] | None = None,
+  recent: Float[np.ndarray, "2 W"] | None = None,
 ) -> TrainState:
   """The state at step 0 of a stage.
 
@@ -44,6 +45,7 @@ def create_state(
     moments: Adam's moments to go on from; None starts them at zero.
     ema: the average to go on from.
     balance_weights: of `balance.initial_weights`.
+    recent: of `spikes.no_steps`.
 
   Returns:
     A TrainState. Its moments are at least float32 whatever the parameters are.
@@ -63,6 +65,7 @@ def create_state(
     opt_state=opt_state,
     ema=ema,
     balance_weights=weights,
+    recent=None if recent is None else jnp.asarray(recent),
   )
 
 
@@ -71,9 +74,10 @@ def abstract_state(
   *,
   optimizer: optax.GradientTransformation,
   axes: Any,
-  mesh: Mesh,
+  mesh: Mesh | AbstractMesh,
   keep_ema: bool = False,
   balance_weights: Float[np.ndarray, "L"] | None = None,
+  recent: Float[np.ndarray, "2 W"] | None = None,
 ) -> TrainState:
   """Shapes, dtypes and shardings of the state, without allocating any.
 
@@ -84,6 +88,7 @@ def abstract_state(
     mesh: of the devices.
     keep_ema: whether the stage averages its parameters.
     balance_weights: of `balance.initial_weights`.
+    recent: of `spikes.no_steps`.
 
   Returns:
     A TrainState of ShapeDtypeStruct. Moments and EMA lie where their parameters
@@ -95,6 +100,7 @@ def abstract_state(
       optimizer=optimizer,
       keep_ema=keep_ema,
       balance_weights=balance_weights,
+      recent=recent,
     ),
     params,
   )
@@ -108,7 +114,9 @@ def abstract_state(
   )
 
 
-def state_shardings(state: TrainState, *, axes: Any, mesh: Mesh) -> TrainState:
+def state_shardings(
+  state: TrainState, *, axes: Any, mesh: Mesh | AbstractMesh
+) -> TrainState:
   """A TrainState of NamedSharding, from the axes of the parameters."""
   everywhere: Any = NamedSharding(mesh, PartitionSpec())
   by_param = param_shardings(axes, state.params, mesh)
@@ -122,6 +130,7 @@ def state_shardings(state: TrainState, *, axes: Any, mesh: Mesh) -> TrainState:
     ),
     ema=None if state.ema is None else by_param,
     balance_weights=None if state.balance_weights is None else everywhere,
+    recent=None if state.recent is None else everywhere,
   )
 
 
@@ -140,6 +149,7 @@ def place_initial(
   optimizer: optax.GradientTransformation,
   like: TrainState,
   balance_weights: Float[np.ndarray, "L"] | None = None,
+  recent: Float[np.ndarray, "2 W"] | None = None,
 ) -> TrainState:
   """The state at step 0, laid out on the mesh.
 
@@ -151,12 +161,12 @@ def place_initial(
     optimizer: of `make_optimizer`.
     like: of `abstract_state`.
     balance_weights: of `balance.initial_weights`.
+    recent: of `spikes.no_steps`.
 
   Returns:
     The state.
   """
   shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-  keep_ema = like.ema is not None
   by_param = shardings.params
   params, ema = processes.place(
     (initial.params, initial.ema),
@@ -166,14 +176,41 @@ def place_initial(
   if moments is not None:
     moments = processes.place(moments, get_moments(shardings.opt_state))
 
+  make = make_placement(
+    optimizer, like=like, balance_weights=balance_weights, recent=recent
+  )
+  return make(params, moments, ema)
+
+
+def make_placement(
+  optimizer: optax.GradientTransformation,
+  *,
+  like: TrainState,
+  balance_weights: Float[np.ndarray, "L"] | None = None,
+  recent: Float[np.ndarray, "2 W"] | None = None,
+) -> Any:
+  """Jitted (parameters, moments, EMA) -> the state that `place_initial` makes.
+
+  Args:
+    optimizer: of `make_optimizer`.
+    like: of `abstract_state`.
+    balance_weights: of `balance.initial_weights`.
+    recent: of `spikes.no_steps`.
+
+  Returns:
+    A `jax.jit` function; what it is given stays.
+  """
+
   def create(params, moments, ema):
     return create_state(
       params,
       optimizer=optimizer,
-      keep_ema=keep_ema,
+      keep_ema=like.ema is not None,
       moments=moments,
       ema=ema,
       balance_weights=balance_weights,
+      recent=recent,
     )
 
-  return jax.jit(create, out_shardings=shardings)(params, moments, ema)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+  return jax.jit(create, out_shardings=shardings)

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from aquila_jax.core.experiment_config import TrainConfig
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.types import Batch, Leaf, Params, RoutingStats, TrainState
 from aquila_jax.models import decoder_lm
 from aquila_jax.sharding.mesh import batch_sharding, on_mesh
-from aquila_jax.training import balance, losses
+from aquila_jax.training import balance, losses, spikes
 from aquila_jax.training.accumulation import LossGradient
 from aquila_jax.training.freezing import select
 from aquila_jax.training.growth_mask import mask_schedule
@@ -45,6 +45,8 @@ class StepMetrics(struct.PyTreeNode):
   balance: Leaf | None = None  # float [L]; the balance loss; None when dense
   # float [L]; its weights in this step, where they adapt.
   balance_weights: Leaf | None = None
+  spike: Leaf | None = None  # bool []; None where nobody asks
+  skipped: Leaf | None = None  # bool []; None where nothing is
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
@@ -109,15 +111,40 @@ def make_train_step(
     metrics = _metrics(
       terms, grads=grads, params=new, change=change, rate=rate
     ).replace(growth_mask=mask_value, balance_weights=state.balance_weights)
-    return TrainState(
+    new_state = TrainState(
       step=state.step + 1,
       params=params,
       opt_state=opt_state,
       ema=ema,
       balance_weights=move_weights(state.balance_weights, terms.routing),
-    ), metrics
+      recent=state.recent,
+    )
+    return _guarded(new_state, metrics, old=state, config=config)
 
   return train_step
+
+
+def _guarded(
+  new: TrainState,
+  metrics: StepMetrics,
+  *,
+  old: TrainState,
+  config: TrainConfig,
+) -> tuple[TrainState, StepMetrics]:
+  """What the config's policy for steps out of hand makes of one."""
+  if old.recent is None and not config.spikes.can_skip:
+    return new, metrics
+  judgement = spikes.judge(
+    old.recent,
+    loss=metrics.total_loss,
+    gradient_norm=metrics.gradient_norm,
+    finite=metrics.finite,
+    config=config.spikes,
+  )
+  metrics = metrics.replace(spike=judgement.spike, skipped=judgement.skip)
+  if not config.spikes.can_skip:
+    return new.replace(recent=judgement.recent), metrics
+  return spikes.kept(judgement, old=old, new=new), metrics
 
 
 def _bias_mover(
@@ -177,7 +204,7 @@ def _metrics(
   )
 
 
-def abstract_batch(config: TrainConfig, *, mesh: Mesh) -> Batch:
+def abstract_batch(config: TrainConfig, *, mesh: Mesh | AbstractMesh) -> Batch:
   """Shapes, dtypes and shardings of the batches that the step takes."""
   shape = (config.batch_size, config.sequence_length)
   sharding = batch_sharding(mesh)
@@ -196,7 +223,11 @@ def abstract_batch(config: TrainConfig, *, mesh: Mesh) -> Batch:
 
 
 def jit_train_step(
-  train_step: TrainStep, *, state: TrainState, batch: Batch, mesh: Mesh
+  train_step: TrainStep,
+  *,
+  state: TrainState,
+  batch: Batch,
+  mesh: Mesh | AbstractMesh,
 ) -> Any:
   """The step jitted and donated: the new state takes the old one's memory.
 

@@ -47,8 +47,8 @@ def test_help_of_every_verb_names_its_flags_and_ends_with_0(commands):
     "compare_hf": "model reference text text_file continue_tokens tolerance"
     " [no]trace output",
     "count": "config stage",
-    "efficient_scale": "config workdir [no]explain_sharding coordinator"
-    " num_processes process_id join_timeout_s lost_after_s",
+    "efficient_scale": "config workdir stage [no]explain_sharding replay_step"
+    " coordinator num_processes process_id join_timeout_s lost_after_s",
     "evaluate": "model data output split language text_field batch_size"
     " sequence_length max_tokens tasks num_fewshot limit include_path samples"
     " dtype",
@@ -59,7 +59,7 @@ def test_help_of_every_verb_names_its_flags_and_ends_with_0(commands):
     "import_hf": "source output param_dtype tokenizer",
     "inspect_routing": "model data text output [no]json parent split language"
     " max_tokens batch_size sequence_length dead min_count typical",
-    "plan": "config stage topology tokens output",
+    "plan": "config stage topology kind devices tokens best output",
     "prepare_data": "config output",
     "scale_out": "config stage source sources output num_experts top_k"
     " moe_layers target method redraw redraw_units noise noise_share"
@@ -69,7 +69,7 @@ def test_help_of_every_verb_names_its_flags_and_ends_with_0(commands):
     " width_map maps aki_residual split_noise optimizer tokenizer seed"
     " [no]check check_file check_tokens [no]dry_run",
     "train": "config stage workdir init_from profile_steps [no]save_optimizer"
-    " [no]explain_sharding coordinator num_processes process_id"
+    " [no]explain_sharding replay_step coordinator num_processes process_id"
     " join_timeout_s lost_after_s",
   }
   for verb, one in zip(VERBS, found, strict=True):

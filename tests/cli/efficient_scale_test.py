@@ -7,6 +7,10 @@ import pathlib
 import signal
 import time
 
+import numpy as np
+from etils import epath
+
+from aquila_jax.training.metrics import read_rows
 from tests.cli.commands import Commands, Ended, ended, names, succeeded
 from tests.cli.short_run import STAGES, assert_same_run, command, files
 
@@ -96,6 +100,7 @@ def test_stopped_in_every_stage_it_gives_the_bits_of_an_unbroken_run(
   assert half_written == []
 
   _assert_nothing_is_done_again(quick, workdir, finished)
+  _assert_a_step_is_taken_again(quick, workdir)
   _assert_changes_are_refused(quick, workdir)
 
 
@@ -110,6 +115,45 @@ def _assert_nothing_is_done_again(
     "every stage was done before; this is what they gave"
   )
   assert files(workdir / "stages") == before
+
+
+def _assert_a_step_is_taken_again(
+  commands: Commands, workdir: pathlib.Path
+) -> None:
+  """Of a grown stage; what the run wrote stands."""
+  before = files(workdir / "stages")
+  again = ("--stage=scale_out", "--replay_step=7")
+  one = succeeded(commands.run(*command(workdir, *again)))
+  folder = workdir / "stages/scale_out/replay/step_7"
+  assert one.out.endswith(f"\nall of it: {folder}\n")
+  report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+  assert one.out.startswith(f"step 7: loss {report['loss']:.4f}, gradient ")
+  rows = read_rows(epath.Path(workdir) / "stages/scale_out/metrics.jsonl")
+  assert report["gradient_norm"] == rows[-1]["gradient_norm"]
+  assert len(report["rows"]) == 8
+  texts = (folder / "rows.txt").read_text(encoding="utf-8")
+  assert texts.count("=== row ") == 8
+  batch = np.load(folder / "batch.npz")
+  assert batch["nats"].shape == batch["tokens"].shape
+  after = files(workdir / "stages")
+  assert {k: v for k, v in after.items() if "/replay/" not in k} == before
+  commands.assert_refused(
+    {
+      "a step beyond the end": (
+        command(workdir, "--stage=dense", "--replay_step=12"),
+        "--replay_step=12: expected a step of 1 to 11",
+      ),
+      "a stage alone": (
+        command(workdir, "--stage=dense"),
+        "--stage=dense: the pipeline says which stages run; it is for"
+        " --replay_step",
+      ),
+      "no such stage": (
+        command(workdir, "--stage=dens", "--replay_step=1"),
+        "--stage='dens' is unknown; did you mean 'dense'?",
+      ),
+    }
+  )
 
 
 def _assert_changes_are_refused(

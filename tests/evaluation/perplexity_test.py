@@ -17,6 +17,7 @@ from aquila_jax.core.model_config import ModelConfig, MoeConfig
 from aquila_jax.evaluation import perplexity
 from aquila_jax.evaluation.perplexity import Evaluator, evaluate
 from aquila_jax.models import decoder_lm
+from aquila_jax.models.target_nats import target_nats
 from tests.evaluation import tiny
 
 # float32 losses of about 5 nats, sums of 16 to 260 terms: some ten roundings
@@ -118,7 +119,7 @@ def test_the_batch_size_changes_nothing(data, moe):
 
 def test_padding_never_counts():
   batch = tiny_batch(weights=[1.0, 1.0, 0.0, 0.0])
-  nats = perplexity._target_nats(config(), params(), batch)
+  nats = target_nats(config(), params(), batch)
   assert np.asarray(nats)[0, 2:].tolist() == [0.0, 0.0]
   assert (np.asarray(nats)[0, :2] > 0).all()
 
@@ -140,7 +141,7 @@ def test_an_evaluator_compiles_once_and_gives_a_validation_row(data):
   evaluator = Evaluator(
     config(), data=data, split="test", batch_size=2, sequence_length=24
   )
-  program: Any = perplexity._target_nats
+  program: Any = target_nats
   program.clear_cache()
   row = evaluator(params())
   other = evaluator(jax.tree.map(lambda leaf: 1.1 * leaf, params()))

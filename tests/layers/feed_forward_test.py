@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -9,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from aquila_jax.core import axes
+from aquila_jax.core.experiment_config import MeshConfig
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.layers.feed_forward import FeedForward
+from aquila_jax.sharding.mesh import abstract_mesh
 
 CONFIG = ModelConfig(
   vocab_size=8,
@@ -77,3 +81,27 @@ def test_axes_are_declared_with_their_direction():
     "up_kernel": "reads embed, writes mlp",
     "down_kernel": "reads mlp, writes embed",
   }
+
+
+def test_kernels_are_gathered_where_tokens_are_divided():
+  """Else the TPU compiler gathers the tokens of all devices."""
+  config = dataclasses.replace(CONFIG, mlp_dim=6)
+  x, across, down = jnp.ones((2, 3, 4)), jnp.ones((4, 6)), jnp.ones((6, 4))
+  params = dict(gate_kernel=across, up_kernel=across, down_kernel=down)
+  mesh = abstract_mesh(MeshConfig(data=1, fsdp=2, tensor=2), num_devices=4)
+
+  def run(params) -> Any:
+    return FeedForward(config).apply({"params": params}, x)
+
+  # On one device there is nothing to gather.
+  assert "sharding_constraint" not in str(jax.make_jaxpr(run)(params))
+  with jax.sharding.use_abstract_mesh(mesh):
+    text = str(jax.make_jaxpr(run)(params))
+  found = re.findall(r"spec=P\w*\((.*)\)\)", text)
+  # Between them the hidden units stay where they are computed.
+  assert sorted(found) == [
+    "'tensor', None",
+    "('data', 'fsdp', 'expert'), 'sequence', 'tensor'",
+    "None, 'tensor'",
+    "None, 'tensor'",
+  ]

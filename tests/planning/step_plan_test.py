@@ -37,6 +37,8 @@ def _plan(**fields) -> StepPlan:
     device_kind="TPU v5",
     mesh=MESH,
     tokens=1_000_000,
+    num_microbatches=2,
+    remat="full",
     flops=4.59e14,  # a second at the published rate
     memory=Memory(
       parameters=10, optimizer=20, batch=3, temporaries=40, hbm=100.0
@@ -95,6 +97,7 @@ def test_json_has_what_the_table_has():
   said = json.loads(step_plan.dumps(plan, token_budget=2_160_000_000_000))
   assert said["fits"]
   assert said["memory"]["total"] == 73
+  assert (said["num_microbatches"], said["remat"]) == (2, "full")
   assert said["seconds"]["without_overlap"] == 4
   assert said["seconds"]["with_full_overlap"] == 3
   assert said["seconds"]["flops_at_published_rate"] == pytest.approx(1)

@@ -61,6 +61,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %all-gather-done.1 = f32[64] all-gather-done(%all-gather-start.1)
   %reduce-scatter.1 = bf16[8] reduce-scatter(%all-gather-done.1), replica_groups=mesh['i'=2,'j'=4] {'j'}, to_apply=%add
   %collective-permute.1 = u8[6] collective-permute(%small), source_target_pairs={{0,1},{1,0}}
+  %all-to-all.1 = bf16[8] all-to-all(%all-gather-done.1), replica_groups=[2,4]<=[8]
+  %ragged-all-to-all.1 = u8[6] ragged-all-to-all(%small), replica_groups=[1,8]<=[8]
   %small = u8[6] iota(), backend_config={"window_config":{"estimated_cycles":"9223372036854775807"}}
   %twin.1 = f32[8]{0} custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUx(("}}
   ROOT %sort = f32[8]{0} sort(%a), dimensions={0}
@@ -106,12 +108,23 @@ def test_collectives_are_by_the_links_of_their_group():
     "reduce-scatter": (1, 256, 256 / 4),
     # In one direction.
     "collective-permute": (1, 6, 6 / 1),
+    # Of 256 bytes of a device, half go over a link of a ring of two.
+    "all-to-all": (1, 256, 256 * 2 / (4 * 2)),
+    "ragged-all-to-all": (1, 6, 6 * 2 / (4 * 2)),
   }
+
+
+def test_an_all_to_all_is_by_the_longest_ring_of_its_group():
+  torus = [(x, y, 0) for y, x in itertools.product(range(2), range(4))]
+  found = estimate(TEXT, chip=CHIP, coordinates=torus).collectives()
+  # A ring of four; then four by two, whose rings work at the same time.
+  assert found["all-to-all"][2] == 256 * 4 / (4 * 2)
+  assert found["ragged-all-to-all"][2] == 6 * 4 / (4 * 2)
 
 
 def test_sums():
   found = _estimate(kernel_cycles={"kernel.1": 11})
-  links = 6 * 32 + 256 / 6 + 64 + 6
+  links = 6 * 32 + 256 / 6 + 64 + 6 + 64 + 1.5
   compute = 45 + 77 + 70
   assert found.seconds("link") == pytest.approx(links)
   assert found.without_overlap == pytest.approx(compute + links)

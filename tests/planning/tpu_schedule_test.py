@@ -166,3 +166,12 @@ def test_flags_of_another_user_of_the_compiler_are_refused(monkeypatch):
   assert str(error.value) == (
     f"LIBTPU_INIT_ARGS={flags!r}: a clock sets --xla_jf_dump_to itself"
   )
+
+
+def test_memory_is_of_the_compilers_report(tmp_path):
+  assert tpu_schedule.total_bytes(tmp_path) is None
+  for module, size in (("0001.jit_f.", 12583424), ("0000.jit_g.cpu_", 10**12)):
+    name = f"module_{module}after_optimizations-memory-usage-report.txt"
+    text = f"Memory Space: default (color=0)\nTotal bytes: {size} (1.00GiB)\n"
+    (tmp_path / name).write_text(text)
+  assert tpu_schedule.total_bytes(tmp_path) == 12583424

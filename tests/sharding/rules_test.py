@@ -18,7 +18,7 @@ from aquila_jax.core.experiment_config import MeshConfig
 from aquila_jax.core.model_config import ModelConfig, MoeConfig
 from aquila_jax.models import decoder_lm
 from aquila_jax.sharding.mesh import batch_sharding, make_mesh
-from aquila_jax.sharding.rules import STORAGE, param_shardings
+from aquila_jax.sharding.rules import STORAGE, param_shardings, without
 
 
 def _config(*, moe: MoeConfig | None = None, **sizes) -> ModelConfig:
@@ -133,6 +133,11 @@ def test_leaves_of_options_lie_where_the_table_says():
   assert shared["gate_kernel"] == P(None, "fsdp", "tensor")
   assert shared["down_kernel"] == P(None, ("tensor", "fsdp"), None)
   assert shared["token_gate_kernel"] == P(None, "fsdp", None)
+
+
+def test_a_spec_without_an_axis():
+  spec = P(("tensor", "fsdp"), "fsdp", None, "expert")
+  assert without(spec, "fsdp") == P("tensor", None, None, "expert")
 
 
 def test_vocabulary_that_does_not_divide_stays_whole():

@@ -51,6 +51,42 @@ def test_a_mixture_over_experts(tmp_path):
   assert "ragged-all-to-all" in done.stdout
 
 
+def test_axes_may_lie_along_parts_of_a_dimension(tmp_path):
+  """Of 4 x 4 chips, 8 and 2; and a dense kernel is gathered, not the tokens."""
+  output = tmp_path / "plan.json"
+  done = _plan(
+    *SMOKE,
+    "--stage=scale_up",
+    "--topology=v6e:4x4",
+    "--config.mesh.data=2",
+    "--config.mesh.fsdp=8",
+    "--config.stages.scale_up.train.batch_size=16",
+    f"--output={output}",
+  )
+  assert done.returncode == 0, done.stderr
+  said = json.loads(output.read_text())
+  assert said["mesh"]["fsdp"] == 8
+  assert said["memory"]["total"] < 2**30
+  assert said["fits"]
+
+
+def test_a_growth_fits(tmp_path):
+  output = tmp_path / "growth.json"
+  done = _plan(
+    "growth",
+    "--config=experiments/configs/smoke.py",
+    "--stage=scale_out",
+    "--topology=v5e:2x2",
+    f"--output={output}",
+  )
+  assert done.returncode == 0, done.stderr
+  said = json.loads(output.read_text())
+  assert said["fits"]
+  # Parameters and both moments; more while the training's state is made.
+  assert said["placing"] > said["held"] > said["target_bytes"] / 4
+  assert said["filling"] > said["held"]
+
+
 @pytest.mark.parametrize(
   ("flags", "message"),
   [

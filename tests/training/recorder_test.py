@@ -48,7 +48,7 @@ def test_losses_are_weighted_means_over_the_window():
   recorder = _recorder()
   recorder.add(1, _metrics(1.0, weight=4.0, languages=(3.0, 1.0)))
   recorder.add(2, _metrics(3.0, weight=2.0, languages=(2.0, 0.0)))
-  assert recorder.fetch() == ()
+  assert recorder.fetch() == []
   row = recorder.row(2, epochs={"wiki": 0.5})
   assert row["loss"] == (1.0 * 4 + 3.0 * 2) / 6
   assert row["total_loss"] == (1.5 * 4 + 3.5 * 2) / 6
@@ -108,7 +108,9 @@ def test_steps_that_are_not_finite_are_named():
   recorder = _recorder()
   for step in range(1, 6):
     recorder.add(step, _metrics(finite=step not in (2, 4)))
-  assert recorder.fetch() == (2, 4)
+  assert [event.step for event in recorder.fetch()] == [2, 4]
+  assert recorder.is_empty
+  assert recorder.fetch() == []
 
 
 def test_rates_are_of_the_window_and_seconds_of_the_stage(monkeypatch):
