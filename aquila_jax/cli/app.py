@@ -2,7 +2,9 @@
 
 Exit codes: 0 done; 1 a fault of ours or of the machine; 2 a mistake in what the
 user gave, in one line; 3 training stopped on a loss that is not finite; 4 the
-disk is full; 128 + n stopped by signal n with everything saved.
+disk is full; 5 another process of the job is lost; 128 + n stopped by signal n
+with everything saved. A process that ends because another one of its job does
+takes that one's code.
 """
 
 from __future__ import annotations
@@ -12,18 +14,28 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import jax
 from absl import app, flags, logging
 
 from aquila_jax.cli import config_door
-from aquila_jax.core import disk, errors
+from aquila_jax.core import disk, errors, process_watch
 from aquila_jax.training.interruption import Interrupted
 
 _MISSING = re.compile(r"Flag (--\w+) must have a value other than None")
 _PROGRAM = "aquila_jax"
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# How an error begins that a lost process can be the cause of: the codes of
+# absl::Status, of collectives and of the coordination service.
+_OF_A_CONNECTION = re.compile(
+  "UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED"
+  "|FAILED_PRECONDITION"
+)
+# The job that this process is one of; it has one at most.
+_jobs: list[process_watch.Watch] = []
 
 
 def run_with_name(main: Callable[[str | None], None]) -> NoReturn:
@@ -83,6 +95,20 @@ def _run(main: Callable[[Sequence[str]], None]) -> NoReturn:
   raise AssertionError("app.run does not return")
 
 
+def join_job(watch: process_watch.Watch) -> None:
+  """Makes the end of this process that of its job, and the other way round."""
+  _jobs.append(watch)
+
+
+def leave_the_log_to_the_first() -> None:
+  """In other processes only warnings are shown, with the process in front."""
+  prefix = process_watch.prefix()
+  if prefix:
+    handler = logging.get_absl_handler()
+    handler.setFormatter(python_logging.Formatter(f"{prefix}%(message)s"))
+    handler.addFilter(lambda record: record.levelno >= python_logging.WARNING)
+
+
 def _guarded(
   main: Callable[[Sequence[str]], None], argv: Sequence[str]
 ) -> NoReturn:
@@ -94,6 +120,7 @@ def _guarded(
       signal.signal(number, _interrupt)
   try:
     main(argv[1:])
+    _leave_job()
   except errors.UserError as error:
     _end(2, str(error))
   except errors.TrainingStopped as error:
@@ -101,6 +128,7 @@ def _guarded(
   except errors.DiskFull as error:
     _end(4, str(error))
   except Interrupted as error:
+    _leave_job()  # all of them are here
     _end(error.exit_code, str(error))
   except KeyboardInterrupt as error:
     number = error.args[0] if error.args else signal.SIGINT
@@ -112,6 +140,7 @@ def _guarded(
   except Exception as error:
     reason = disk.why_full(error)
     if reason is None:
+      _fail_in_job(error)
       raise
     what = getattr(error, "filename", None) or "a file"
     _end(
@@ -200,6 +229,38 @@ def _own_flags() -> list[str]:
   ]
 
 
+def _leave_job() -> None:
+  """Waits for the other processes, where this one is of several."""
+  for job in _jobs:
+    job.leave()
+  _jobs.clear()
+
+
+def _fail_in_job(error: Exception) -> None:
+  """An error that nobody foresaw, in one process of several.
+
+  Ends the process: by the verdict, where another one is lost, and else as it
+  would have ended, but without waiting for the others.
+  """
+  if not _jobs:
+    return
+  text = f"{type(error).__name__}: {error}"
+  if isinstance(error, jax.errors.JaxRuntimeError | ValueError):
+    if _OF_A_CONNECTION.match(str(error)):
+      logging.warning("is another process lost? %s", text)
+      _jobs[0].await_verdict()
+  traceback.print_exception(error)
+  sys.stderr.flush()
+  _jobs[0].fail(1, text)
+  os._exit(1)
+
+
 def _end(code: int, message: str) -> NoReturn:
-  print(f"{_PROGRAM}: {message}", file=sys.stderr, flush=True)
+  line = f"{_PROGRAM}: {process_watch.prefix()}{message}"
+  print(line, file=sys.stderr, flush=True)
+  if _jobs and code:
+    # Python's own end would wait for the others, and they for it.
+    sys.stdout.flush()
+    _jobs[0].fail(code, message)
+    os._exit(code)
   sys.exit(code)

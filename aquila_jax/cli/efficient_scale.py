@@ -12,7 +12,8 @@ from __future__ import annotations
 from absl import flags
 from etils import epath
 
-from aquila_jax.cli import app, config_door, model_flags
+from aquila_jax.cli import app, config_door, model_flags, process_flags
+from aquila_jax.core import processes
 from aquila_jax.core.allocator import keep_freed_memory
 from aquila_jax.evaluation.summary import summary_table
 from aquila_jax.pipeline.context import say_on_stderr
@@ -31,8 +32,10 @@ _REPLAY_STEP = model_flags.define_replay_step()
 def main() -> None:
   keep_freed_memory()
   experiment = config_door.load(_CONFIG)
+  process_flags.join()
   if _EXPLAIN_SHARDING.value:
-    print(model_flags.explain_sharding(experiment, experiment.pipeline))
+    if processes.is_first():
+      print(model_flags.explain_sharding(experiment, experiment.pipeline))
     return
   enable_compilation_cache()
   workdir = epath.Path(_WORKDIR.value).expanduser()
@@ -50,6 +53,8 @@ def main() -> None:
     _STAGE, why="the pipeline says which stages run; it is for --replay_step"
   )
   finished = run_pipeline(experiment, workdir, say=say_on_stderr)
+  if finished is None:
+    return
   if finished.did_nothing:
     say_on_stderr("every stage was done before; this is what they gave")
   print(summary_table(finished.report))

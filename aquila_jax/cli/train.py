@@ -15,8 +15,8 @@ import dataclasses
 from absl import flags
 from etils import epath
 
-from aquila_jax.cli import app, config_door, model_flags
-from aquila_jax.core import errors
+from aquila_jax.cli import app, config_door, model_flags, process_flags
+from aquila_jax.core import errors, processes
 from aquila_jax.core.allocator import keep_freed_memory
 from aquila_jax.core.experiment_config import ExperimentConfig, Load
 from aquila_jax.pipeline import budget, records
@@ -61,8 +61,10 @@ def main() -> None:
   keep_freed_memory()
   experiment = config_door.load(_CONFIG)
   name = model_flags.stage_name(experiment, _STAGE.value)
+  process_flags.join()
   if _EXPLAIN_SHARDING.value:
-    print(model_flags.explain_sharding(experiment, [name]))
+    if processes.is_first():
+      print(model_flags.explain_sharding(experiment, [name]))
     return
   experiment = _with_init_from(experiment, name)
   profile_steps = _profile_steps()
@@ -93,7 +95,8 @@ def main() -> None:
       profile_steps=profile_steps,
       save_optimizer=_SAVE_OPTIMIZER.value,
     )
-  print(f"MODEL: {workdir / 'model'}")
+  if processes.is_first():
+    print(f"MODEL: {workdir / 'model'}")
 
 
 def _with_init_from(

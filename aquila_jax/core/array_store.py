@@ -23,7 +23,7 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import NamedSharding
 
-from aquila_jax.core import errors
+from aquila_jax.core import errors, processes
 from aquila_jax.core.axes import LeafAxes
 
 _CHUNK_BYTES = 256 * 2**20  # no chunk is larger, whatever the leaf
@@ -107,15 +107,39 @@ class TreeWriter:
 def write_tree(directory: epath.Path, tree: Any, *, axes: Any) -> None:
   """Writes every leaf of a nested dict of arrays, then Orbax's metadata.
 
+  Of several processes all call it, and the first writes: a leaf that is spread
+  over them is gathered, and if it is large, a chunk at a time.
+
   Args:
     directory: made here; it must not exist.
     tree: nested dicts with string keys and array leaves.
     axes: the `LeafAxes` of every leaf; decides the chunks.
   """
-  writer = TreeWriter(directory, tree, axes=axes)
+  writer = None
+  if processes.is_first():
+    writer = TreeWriter(directory, tree, axes=axes)
+  leaf_axes = dict(_named_leaves(axes))
   for keys, leaf in _named_leaves(tree):
-    writer.write(".".join(keys), leaf)
-  writer.close()
+    for index in _pieces(leaf, leaf_axes[keys]):
+      piece = processes.fetch(leaf, index=index)
+      if writer is not None:
+        writer.write(".".join(keys), piece, index=index)
+  if writer is not None:
+    writer.close()
+
+
+def _pieces(leaf: Any, axes: LeafAxes) -> list[tuple[int, ...]]:
+  """Indices of the leading dimensions, so that what is gathered is small."""
+  shape = np.shape(leaf)
+  itemsize = jnp.dtype(leaf.dtype).itemsize
+  if not processes.is_spread(leaf):
+    return [()]
+  cut = 0  # leading dimensions of which a chunk has one index
+  for size in chunk_shape(shape, axes, itemsize=itemsize):
+    if size > 1 or math.prod(shape[cut:]) * itemsize <= _CHUNK_BYTES:
+      break
+    cut += 1
+  return list(np.ndindex(*shape[:cut]))
 
 
 class TreeReader:

@@ -8,8 +8,9 @@
     optimizer/       Adam's mu, nu and count, unless left out
     ema/             averaged parameters, where training kept them
 
-A directory is written beside its place and renamed into it at the end; its
-config.json is written last and marks it as whole where a rename is not atomic.
+A directory is written beside its place and renamed into it at the end. Where
+there is no rename (gs://) it is written in its place, and its config.json, the
+last file, marks it as whole.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ import jax.numpy as jnp
 from etils import epath
 
 from aquila_jax import version
-from aquila_jax.core import array_store, axes, config, dtypes, errors
+from aquila_jax.core import (
+  array_store,
+  axes,
+  config,
+  dtypes,
+  errors,
+  files,
+  processes,
+)
 from aquila_jax.core.lineage import Lineage
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.moments import AdamMoments
@@ -62,25 +71,36 @@ class StoredModel:
 def save_model(path: str | os.PathLike[str], model: StoredModel, *, axes: Any):
   """Writes a MODEL directory, whole or not at all.
 
+  Of several processes all call it, the first writes, and it is there when they
+  go on.
+
   Args:
     path: the directory; it must not exist.
-    model: what to write.
+    model: what to write; its arrays may be spread over processes.
     axes: the declared axes of the parameters, for the chunks.
 
   Raises:
     errors.UserError: where `path` exists.
   """
-  with new_directory(path) as partial:
-    array_store.write_tree(partial / "params", model.params, axes=axes)
-    if model.moments is not None:
-      array_store.write_tree(
-        partial / "optimizer",
-        _moments_tree(model.moments),
-        axes={"mu": axes, "nu": axes, "count": _COUNT_AXES},
-      )
-    if model.ema is not None:
-      array_store.write_tree(partial / "ema", model.ema, axes=axes)
-    _write_texts(partial, model)
+  if processes.is_first():
+    with new_directory(path) as partial:
+      _write_arrays(partial, model, axes=axes)
+      _write_texts(partial, model)
+  else:
+    _write_arrays(epath.Path(path), model, axes=axes)
+  processes.barrier(f"wrote {path}")
+
+
+def _write_arrays(directory: epath.Path, model: StoredModel, *, axes: Any):
+  array_store.write_tree(directory / "params", model.params, axes=axes)
+  if model.moments is not None:
+    array_store.write_tree(
+      directory / "optimizer",
+      _moments_tree(model.moments),
+      axes={"mu": axes, "nu": axes, "count": _COUNT_AXES},
+    )
+  if model.ema is not None:
+    array_store.write_tree(directory / "ema", model.ema, axes=axes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,12 +165,17 @@ def writing(
 def new_directory(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
   """A directory beside `path` that takes its name at the end.
 
-  Where the body raises, nothing is left of it.
+  Where the body raises, nothing is left of it. Where there is no rename it is
+  `path` itself, and the body writes config.json last.
 
   Raises:
     errors.UserError: where `path` exists, cannot be made, or is being written.
   """
   target = epath.Path(path).expanduser()
+  if not files.has_rename(target):
+    with _in_place(target):
+      yield target
+    return
   partial = target.parent / f".{target.name}.partial"
   try:
     partial.mkdir(parents=True, exist_ok=True)
@@ -173,11 +198,23 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
 
 
 @contextlib.contextmanager
+def _in_place(target: epath.Path) -> Iterator[None]:
+  """A directory that its config.json makes whole, and nothing if that fails."""
+  if (target / "config.json").exists():
+    raise errors.UserError(f"{target} exists; choose another output")
+  if target.exists():  # by a writer that was killed
+    target.rmtree()
+  target.mkdir(parents=True)
+  try:
+    yield
+  except BaseException:  # Ctrl-C too
+    target.rmtree()
+    raise
+
+
+@contextlib.contextmanager
 def _alone(partial: epath.Path, *, target: epath.Path) -> Iterator[None]:
   """Holds a local directory against other writers of the same output."""
-  if "://" in os.fspath(partial):
-    yield
-    return
   with contextlib.ExitStack() as stack:
     try:
       held = os.open(partial, os.O_RDONLY)

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -167,14 +167,12 @@ class _Batches(grain.sources.RandomAccessDataSource):
     batch_size: int,
     sequence_length: int,
     seed: int,
-    process_index: int,
-    process_count: int,
+    rows_read: Sequence[int],
   ):
     self._state = state
     self._batch_size = batch_size
     self._length = sequence_length
-    local = batch_size // process_count
-    self._local = range(process_index * local, (process_index + 1) * local)
+    self._local = rows_read
     names = sorted(data.sources)
     weights = {name: data.sources[name].weight for name in names}
     self._mixture = Mixture(weights, seed=seed)
@@ -222,8 +220,7 @@ def train_batches(
   batch_size: int,
   sequence_length: int,
   seed: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows_read: Sequence[int] | None = None,
 ) -> Iterator[tuple[Batch, DataState]]:
   """Endless training batches of one process, read ahead by Grain.
 
@@ -233,22 +230,18 @@ def train_batches(
     batch_size: rows of all processes together.
     sequence_length: T.
     seed: of the order of documents and of the mixture.
-    process_index: which of the `process_count` equal slices to read.
-    process_count: the batch does not depend on it, only the slice does.
+    rows_read: which rows of each batch to read, in this order; None is all.
+      The batch does not depend on it.
 
   Returns:
-    Pairs of this process's rows, NumPy arrays [B / process_count, T], and the
+    Pairs of the rows, NumPy arrays [B, T] of those that are read, and the
     global state after the whole batch.
 
   Raises:
-    errors.UserError: where the batch cannot be sliced, or the state is of
-      other data.
+    errors.UserError: where the state is of other data.
   """
-  if batch_size % process_count:
-    raise errors.UserError(
-      f"batch_size={batch_size}: expected a multiple of the {process_count}"
-      " processes"
-    )
+  if rows_read is None:
+    rows_read = range(batch_size)
   if sorted(state.tokens) != sorted(data.sources):
     raise errors.UserError(
       f"the data position is of sources {', '.join(sorted(state.tokens))}, the"
@@ -260,8 +253,7 @@ def train_batches(
     batch_size=batch_size,
     sequence_length=sequence_length,
     seed=seed,
-    process_index=process_index,
-    process_count=process_count,
+    rows_read=rows_read,
   )
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READ_AHEAD)
   return iter(grain.MapDataset.source(source).to_iter_dataset(options))

@@ -10,19 +10,21 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from absl import logging
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
-from aquila_jax.core import errors
+from aquila_jax.core import errors, processes
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.types import Batch, Params
 from aquila_jax.data import loader
 from aquila_jax.data.prepared import PreparedData
 from aquila_jax.evaluation.scores import LanguageScore, Scores
 from aquila_jax.generation.decoding import inference_config
+from aquila_jax.models import decoder_lm
 from aquila_jax.models.causality import warn_unless_causal
 from aquila_jax.models.chosen_experts import chosen_experts
 from aquila_jax.models.target_nats import target_nats
+from aquila_jax.sharding.rules import param_shardings
 
 _experts = functools.partial(jax.jit, static_argnames="config")(chosen_experts)
 
@@ -95,6 +97,7 @@ class Evaluator:
     Returns:
       The scores.
     """
+    params = self._spread(params)
     return Scores(
       split=self._split,
       languages={
@@ -136,7 +139,7 @@ class Evaluator:
         experts, _ = _experts(
           self._config, params, batch, mask_value=mask_value
         )
-      found.append(np.asarray(experts))
+      found.append(processes.fetch(experts))
     return np.concatenate(found, axis=1)
 
   def _score(
@@ -145,7 +148,7 @@ class Evaluator:
     # Sums in float64 on the host: their order then does not show.
     nats, tokens, num_bytes = 0.0, 0, 0
     for batch in batches:
-      values = jax.device_get(self._run(params, batch, mask_value))
+      values = processes.fetch(self._run(params, batch, mask_value))
       counted = np.asarray(batch.weights) > 0
       nats += float(np.sum(values, dtype=np.float64))
       tokens += int(np.sum(counted))
@@ -166,10 +169,20 @@ class Evaluator:
       return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(self._sharding.mesh.abstract_mesh)
 
+  def _spread(self, params: Params) -> Params:
+    """Parameters that each of several processes has, where they belong."""
+    if self._sharding is None or not processes.are_several():
+      return params
+    mesh = self._sharding.mesh
+    assert isinstance(mesh, Mesh)
+    axes = decoder_lm.parameter_axes(self._config)
+    shardings = param_shardings(axes, params, mesh)
+    return processes.place(params, shardings)
+
   def _placed(self, batch: Batch) -> Batch:
     if self._sharding is None:
       return batch
-    return jax.device_put(batch, self._sharding)
+    return processes.place(batch, jax.tree.map(lambda _: self._sharding, batch))
 
 
 def evaluate(

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from aquila_jax.core import processes
 from aquila_jax.core.array_store import VOCAB_BLOCK
 from aquila_jax.core.axes import LeafAxes
 from aquila_jax.growth.axis_map import EMPTY, Powers
@@ -320,7 +321,7 @@ def _sharded(
 def _placed(
   part: np.ndarray, sharding: jax.sharding.NamedSharding
 ) -> jax.Array:
-  return jax.device_put(part, slice_sharding(part.shape, sharding))
+  return processes.place(part, slice_sharding(part.shape, sharding))
 
 
 def slice_sharding(

@@ -10,10 +10,11 @@ import zlib
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from aquila_jax.core import errors
+from aquila_jax.core import errors, processes
 from aquila_jax.core.experiment_config import DataConfig, ExperimentConfig
 from aquila_jax.core.lineage import Lineage
 from aquila_jax.core.model_config import ModelConfig
@@ -21,7 +22,9 @@ from aquila_jax.data.loader import DataState
 from aquila_jax.data.prepare import prepare
 from aquila_jax.data.prepared import PreparedData
 from aquila_jax.evaluation.perplexity import Evaluator
+from aquila_jax.models import decoder_lm
 from aquila_jax.sharding.mesh import BATCH_AXES, batch_sharding, make_mesh
+from aquila_jax.sharding.rules import param_shardings
 
 Say = Callable[[str], None]
 
@@ -67,6 +70,18 @@ class Context:
       " beginning"
     )
     return DataState.start(self.data)
+
+  def spread(self, config: ModelConfig) -> Any:
+    """The abstract parameters of a model, where they lie on the mesh."""
+    shapes = decoder_lm.abstract_params(config)
+    axes = decoder_lm.parameter_axes(config)
+    return jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding
+      ),
+      shapes,
+      param_shardings(axes, shapes, self.mesh),
+    )
 
   def evaluator(
     self,
@@ -120,7 +135,9 @@ def make_workdir(workdir: epath.Path) -> None:
     errors.UserError: where it cannot be made.
   """
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
+    processes.by_first(
+      lambda: workdir.mkdir(parents=True, exist_ok=True), name="workdir"
+    )
   except OSError as error:
     raise errors.UserError(
       f"--workdir={str(workdir)!r}: cannot be made: {error.strerror}"
@@ -136,17 +153,36 @@ def open_data(
     errors.UserError: where there are none and none can be made.
   """
   if config.prepared:
-    return PreparedData.open(config.prepared, what="config.data.prepared")
+    data = PreparedData.open(config.prepared, what="config.data.prepared")
+    _check_same(data, where=config.prepared)
+    return data
   if "://" in os.fspath(workdir):
     raise errors.UserError(
       f"--workdir={str(workdir)!r}: data are prepared on a local disk; run"
       " prepare_data and give config.data.prepared"
     )
   target = workdir / "data"
-  prepare(config, target, progress=say)
-  return PreparedData.open(target, what="data")
+  processes.by_first(lambda: prepare(config, target, progress=say), name="data")
+  data = PreparedData.open(target, what="data")
+  _check_same(data, where=str(target))
+  return data
+
+
+def _check_same(data: PreparedData, *, where: str) -> None:
+  """Refuses data that are not those of process 0.
+
+  Raises:
+    errors.UserError: in the process that has others.
+  """
+  digest = processes.from_first(lambda: data.digest, name="digest")
+  if digest != data.digest:
+    raise errors.UserError(
+      f"{where}: these are not the data that process 0 finds there; all"
+      " processes need the same"
+    )
 
 
 def say_on_stderr(text: str) -> None:
-  """`Say` for the commands."""
-  print(text, file=sys.stderr, flush=True)
+  """`Say` for the commands; of several processes, the first says it."""
+  if processes.is_first():
+    print(text, file=sys.stderr, flush=True)

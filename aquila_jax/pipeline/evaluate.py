@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
 
-from aquila_jax.core.model_dir import load_model
+from aquila_jax.core import processes
+from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.core.model_dir import StoredModel, load_model
 from aquila_jax.evaluation.results import Sample
 from aquila_jax.evaluation.scores import Scores
 from aquila_jax.generation.generate import generate, text_model
@@ -31,11 +34,9 @@ def evaluate_stage(context: Context, name: str, directory: epath.Path) -> None:
     return
   config = context.experiment.evaluation
   context.say(f"{name}: evaluating on the {config.split} split")
-  stored = load_model(
-    directory / "model",
-    like=decoder_lm.abstract_params,
-    with_optimizer=False,
-  )
+  # A process of several reads the parts of its own devices.
+  several = processes.are_several()
+  stored = _load(directory, context.spread if several else None)
   evaluator = context.evaluator(
     stored.config,
     split=config.split,
@@ -53,16 +54,33 @@ def evaluate_stage(context: Context, name: str, directory: epath.Path) -> None:
   if prompts and not is_causal(stored.config):
     context.say(f"{name}: no samples; {NOT_CAUSAL}")
     prompts = ()
-  texts = generate(text_model(stored), prompts, sampling=sampling)
-  record = {
-    "asked": asked,
-    "scores": scores.to_json(),
-    "samples": [
-      {"prompt": prompt, "text": found.text}
-      for prompt, found in zip(prompts, texts, strict=True)
-    ],
-  }
-  records.write(directory / "evaluation.json", record)
+
+  def write() -> None:
+    texts = []
+    if prompts:
+      whole = _load(directory) if several else stored
+      texts = generate(text_model(whole), prompts, sampling=sampling)
+    record = {
+      "asked": asked,
+      "scores": scores.to_json(),
+      "samples": [
+        {"prompt": prompt, "text": found.text}
+        for prompt, found in zip(prompts, texts, strict=True)
+      ],
+    }
+    records.write(directory / "evaluation.json", record)
+
+  processes.by_first(write, name=f"samples of {name}")
+
+
+def _load(
+  directory: epath.Path, like: Callable[[ModelConfig], Any] | None = None
+) -> StoredModel:
+  return load_model(
+    directory / "model",
+    like=like or decoder_lm.abstract_params,
+    with_optimizer=False,
+  )
 
 
 def read_evaluation(
@@ -76,7 +94,7 @@ def read_evaluation(
   Returns:
     Scores and samples.
   """
-  found = records.read(directory / "evaluation.json")
+  found = records.read_here(directory / "evaluation.json")
   if found is None:
     return None, []
   samples = [Sample(**sample) for sample in found["samples"]]

@@ -169,7 +169,9 @@ class Start:
     def batches(train: TrainConfig):
       state = context.data_state(source.lineage, name=self.name)
       order = context.experiment.data.seed
-      text = prepared_input(context.data, train=train, seed=order)
+      text = prepared_input(
+        context.data, train=train, seed=order, mesh=context.mesh
+      )
       return text.batches(state)
 
     learned = learn_growth(
@@ -198,12 +200,15 @@ class Start:
     )
 
   def _scratch(self, seed: int) -> StoredModel:
-    initialise = functools.partial(decoder_lm.init_params, self.stage.model)
+    initialise = jax.jit(
+      functools.partial(decoder_lm.init_params, self.stage.model),
+      out_shardings=self._shardings(),
+    )
     event = Event(kind="scratch", name=self.name, options={"seed": seed})
     return StoredModel(
       config=self.stage.model,
       lineage=Lineage(events=(event,)),
-      params=jax.jit(initialise)(key=jax.random.key(seed)),
+      params=initialise(key=jax.random.key(seed)),
       tokenizer=self.context.data.tokenizer_text,
     )
 

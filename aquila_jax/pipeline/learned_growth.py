@@ -48,7 +48,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from aquila_jax.core import dtypes, errors
+from aquila_jax.core import dtypes, errors, processes
 from aquila_jax.core.axes import LeafAxes
 from aquila_jax.core.experiment_config import (
   LigoConfig,
@@ -265,7 +265,7 @@ def _place(job: GrowthJob, params: Params | None) -> Params | None:
   if params is None:
     return None
   axes = decoder_lm.parameter_axes(job.source.config)
-  return jax.device_put(params, param_shardings(axes, params, job.mesh))
+  return processes.place(params, param_shardings(axes, params, job.mesh))
 
 
 Grow = Callable[[Operator, Params], Params]
@@ -298,9 +298,8 @@ def _learn(
   undeclared = jax.tree.map(lambda _: LeafAxes(()), operator)
   optimizer = make_optimizer(train.optimizer, undeclared)
   everywhere = NamedSharding(job.mesh, PartitionSpec())
-  state = jax.device_put(
-    state_lib.create_state(operator, optimizer=optimizer), everywhere
-  )
+  state = state_lib.create_state(operator, optimizer=optimizer)
+  state = processes.place(state, jax.tree.map(lambda _: everywhere, state))
   jitted = jax.jit(
     on_mesh(_make_step(job, train=train, optimizer=optimizer), job.mesh),
     donate_argnums=0,
@@ -315,7 +314,11 @@ def _learn(
   batches = job.batches(train)
   data_state = None
   looked = time.perf_counter()
-  with Reporter(f"{job.name}: LiGO", total_steps=train.steps) as reporter:
+  with Reporter(
+    f"{job.name}: LiGO",
+    total_steps=train.steps,
+    is_silent=not processes.is_first(),
+  ) as reporter:
     for number in range(1, train.steps + 1):
       batch, data_state = next(batches)
       batch = inputs.place(batch, like=like)

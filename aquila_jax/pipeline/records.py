@@ -9,24 +9,34 @@ from typing import Any
 from etils import epath
 
 from aquila_jax.core import config as config_lib
-from aquila_jax.core import errors, files
+from aquila_jax.core import errors, files, processes
 
 Record = dict[str, Any]
 
 
 def write(path: epath.Path, record: Mapping[str, Any]) -> None:
-  """Writes a record beside its place and renames it into it."""
+  """Writes a record beside its place and renames it into it.
+
+  Of several processes, the first does.
+  """
+  if not processes.is_first():
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   text = json.dumps(record, indent=1, ensure_ascii=False)
   files.replace_text(path, text + "\n")
 
 
 def read(path: epath.Path) -> Record | None:
-  """The record, or None where there is none.
+  """The record, or None where there is none, as the first process finds it.
 
   Raises:
     errors.UserError: where the file is damaged.
   """
+  return processes.from_first(lambda: read_here(path), name=path.name)
+
+
+def read_here(path: epath.Path) -> Record | None:
+  """`read`, by a process for itself."""
   if not path.exists():
     return None
   try:

@@ -15,7 +15,7 @@ from etils import epath
 
 from aquila_jax import version
 from aquila_jax.core import config as config_lib
-from aquila_jax.core import errors
+from aquila_jax.core import errors, processes
 from aquila_jax.core.experiment_config import ExperimentConfig
 from aquila_jax.core.lineage import Lineage
 from aquila_jax.evaluation.report import write_report
@@ -78,12 +78,12 @@ def _stage_result(
   earlier: dict[str, StageResult],
 ) -> StageResult:
   stage = experiment.stages[name]
-  opening = Opening(**(records.read(directory / "stage.json") or {}))
+  opening = Opening(**(records.read_here(directory / "stage.json") or {}))
   parent = budget.parent_stage(experiment, name)
   before = earlier.get(parent)
   total = counting.count(stage.model).total
   scores, samples = read_evaluation(directory)
-  result = records.read(directory / "result.json") or {}
+  result = records.read_here(directory / "result.json") or {}
   return StageResult(
     name=name,
     kind=stage.init.kind,
@@ -132,6 +132,7 @@ def _machine() -> dict[str, object]:
     if devices[0].platform == "cpu"
     else devices[0].device_kind,
     "devices": len(devices),
+    "processes": processes.count(),
     "CPU cores": os.cpu_count(),
     "system": f"{platform.system()} {platform.machine()}",
     "peak memory of the process": f"{peak_memory_bytes() / 2**30:.2f} GiB",

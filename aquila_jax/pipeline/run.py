@@ -14,7 +14,7 @@ import dataclasses
 
 from etils import epath
 
-from aquila_jax.core import errors
+from aquila_jax.core import errors, processes
 from aquila_jax.core.experiment_config import ExperimentConfig
 from aquila_jax.evaluation.results import ReportInput
 from aquila_jax.pipeline import records
@@ -82,7 +82,7 @@ def replay_in_pipeline(
 
 def run_pipeline(
   experiment: ExperimentConfig, workdir: epath.Path, *, say: Say
-) -> Finished:
+) -> Finished | None:
   """Runs what is left to do of a pipeline.
 
   Args:
@@ -91,7 +91,7 @@ def run_pipeline(
     say: takes a line for the person at the terminal.
 
   Returns:
-    The report.
+    The report; None in other processes than the first.
 
   Raises:
     errors.UserError: on a config that does not fit, found before the first
@@ -141,7 +141,7 @@ def _run(
   directories: dict[str, epath.Path],
   *,
   say: Say,
-) -> Finished:
+) -> Finished | None:
   to_do = _to_do(directories)
   context = make_context(experiment, workdir, say=say)
   starts = {name: _start(context, name, directories) for name in directories}
@@ -154,5 +154,7 @@ def _run(
       say(f"stage {number} of {len(directories)}: {name}")
     run_stage(starts[name], directory)
     evaluate_stage(context, name, directory)
+  if not processes.is_first():
+    return None
   report, path = make_report(context, workdir, directories)
   return Finished(report=report, report_path=path, did_nothing=not to_do)

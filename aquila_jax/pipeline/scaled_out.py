@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
-from aquila_jax.core import errors
+from aquila_jax.core import errors, processes
 from aquila_jax.core.experiment_config import ScaleOut, TrainConfig
 from aquila_jax.core.lineage import Lineage
 from aquila_jax.core.model_dir import StoredModel, load_model
@@ -71,7 +70,7 @@ def sample_of(
   """
   if not what_needs_text(plan.way, options, path=name):
     return None
-  if jax.process_count() > 1:
+  if processes.are_several():
     raise errors.UserError(
       f"config.stages.{name}.init: what is measured on text is measured by one"
       " process; make the mixture with scale_out, and load it"

@@ -23,6 +23,7 @@ import numpy as np
 from etils import epath
 
 from aquila_jax.core import config as config_lib
+from aquila_jax.core import processes
 from aquila_jax.core.lineage import Event, Lineage
 from aquila_jax.core.model_config import GrowthMask, ModelConfig
 from aquila_jax.core.model_dir import StoredModel, save_model
@@ -165,7 +166,8 @@ def check_unchanged(start: Start, directory: epath.Path) -> None:
 
 def is_done(directory: epath.Path) -> bool:
   """Whether the stage has left its MODEL."""
-  return (directory / "model" / "config.json").exists()
+  marker = directory / "model" / "config.json"
+  return processes.from_first(marker.exists, name=f"{directory.name} done")
 
 
 def _identity(start: Start) -> dict[str, Any]:
@@ -314,7 +316,9 @@ def _job(
     total_steps=opening.total_steps,
     mesh=context.mesh,
     workdir=directory,
-    input=prepared_input(context.data, train=stage.train, seed=seed),
+    input=prepared_input(
+      context.data, train=stage.train, seed=seed, mesh=context.mesh
+    ),
     data_state=context.data_state(lineage, name=start.name),
     initial=initial.take,
     flops_per_token=budget.token_flops(stage),

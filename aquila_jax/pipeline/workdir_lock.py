@@ -11,43 +11,65 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 
-import jax
 from absl import logging
 from etils import epath
 
-from aquila_jax.core import errors
+from aquila_jax.core import errors, processes
 
 NAME = "lock"
+_TRIES = 20  # half a second each: a shared disk may be slow to show a file
 
 
 @contextlib.contextmanager
 def locked(workdir: epath.Path) -> Iterator[None]:
   """Holds a workdir for this process.
 
-  With several processes the first holds it for all. A path that is no local
-  directory has no lock; that is logged.
+  With several processes the first holds it for all, and all must see it. A path
+  that is no local directory has no lock; that is logged.
 
   Args:
     workdir: of a run; it must exist.
 
   Raises:
-    errors.UserError: where another process holds it, naming that.
+    errors.UserError: where another run holds it, naming that; where not all
+      processes of this one see the same directory.
   """
   if "://" in os.fspath(workdir):
     logging.info("%s is not local: no lock keeps a second run out", workdir)
     yield
-  elif jax.process_index() != 0:
+  elif not processes.is_first():
+    _check_shared(workdir)
     yield
   else:
     path = os.path.join(workdir, NAME)
     file = _acquire(path)
     try:
+      _check_shared(workdir)
       yield
     finally:
       os.unlink(path)  # while it is held: see _acquire
       os.close(file)
+
+
+def _check_shared(workdir: epath.Path) -> None:
+  """Refuses a workdir that is not the one of process 0.
+
+  Raises:
+    errors.UserError: in the process that sees another one.
+  """
+  path = workdir / NAME
+  holder = processes.from_first(path.read_text, name="lock")
+  for _ in range(_TRIES):
+    if path.exists() and path.read_text() == holder:
+      return
+    time.sleep(0.5)
+  raise errors.UserError(
+    f"--workdir={str(workdir)!r}: what process 0 writes there is not seen here;"
+    " all processes need one directory, on a shared disk or gs://"
+  )
 
 
 def _acquire(path: str) -> int:

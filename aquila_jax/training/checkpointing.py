@@ -34,11 +34,12 @@ from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint import handlers
 
 from aquila_jax.core import config as config_lib
-from aquila_jax.core import disk, errors
+from aquila_jax.core import disk, errors, processes
 from aquila_jax.core.experiment_config import CheckpointConfig
 from aquila_jax.core.moments import AdamMoments, get_moments, set_moments
 from aquila_jax.core.types import TrainState
 from aquila_jax.training import manifest
+from aquila_jax.training.interruption import Interrupted
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
 # Steps that are no longer kept are renamed into it before they are removed, so
@@ -109,11 +110,12 @@ class Checkpoints:
     self._step: int | None = None  # is being saved, or was last
     self._is_checked = True  # the save of that step
     self._remover: threading.Thread | None = None
-    if jax.process_index() == 0:
+    self._barrier = _SaveBarrier()
+    if processes.is_first():
       directory.mkdir(parents=True, exist_ok=True)
       _remove_unfinished(directory)
       _move_damaged(directory)
-    ocp.multihost.sync_global_processes(f"aquila_jax:verified:{directory}")
+    processes.barrier("checkpoints verified")
     self._manager = ocp.CheckpointManager(
       os.fspath(directory),
       options=ocp.CheckpointManagerOptions(
@@ -122,7 +124,8 @@ class Checkpoints:
         best_mode="min",
         todelete_subdir=_REMOVED,
         async_options=ocp.AsyncOptions(
-          post_finalization_callback=self._write_manifest
+          post_finalization_callback=self._write_manifest,
+          barrier_sync_fn=self._barrier if processes.are_several() else None,
         ),
       ),
       handler_registry=_registry(),
@@ -163,6 +166,7 @@ class Checkpoints:
     self.wait()
     self._join_remover()
     self._step, self._is_checked = step, False
+    self._barrier.begin()
     with self._named_if_full():
       self._manager.save(
         step,
@@ -249,7 +253,10 @@ class Checkpoints:
     Raises:
       errors.DiskFull: where there was no room for it.
     """
-    if not self._is_checked and not self._manager.is_saving_in_progress():
+    is_over = self._barrier.has_failed or (
+      not self._manager.is_saving_in_progress()
+    )
+    if not self._is_checked and is_over:
       self.wait()
 
   def wait(self) -> None:
@@ -262,7 +269,7 @@ class Checkpoints:
       self._manager.wait_until_finished()
     self._is_checked = True
     removed = self.directory / _REMOVED
-    if self._remover is None and jax.process_index() == 0 and removed.exists():
+    if self._remover is None and processes.is_first() and removed.exists():
       self._remover = threading.Thread(target=removed.rmtree, name="remover")
       self._remover.start()
 
@@ -289,8 +296,9 @@ class Checkpoints:
       reason = disk.why_full(error)
       if reason is None:
         raise
-      _remove_failed(self.directory)
-      self._manager.reload()  # it has forgotten what this step was to replace
+      if not processes.are_several():
+        _remove_failed(self.directory)
+        self._manager.reload()  # it has forgotten what this step was to replace
       raise errors.DiskFull(
         f"{self.directory}: step {self._step} could not be saved: {reason};"
         f" {self.last_good}; free some space, and the same command goes on"
@@ -311,10 +319,41 @@ class Checkpoints:
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     # A second Ctrl-C stops at once; the next start removes what is half done.
-    if kind is None or not issubclass(kind, KeyboardInterrupt):
+    # So does an error of which other processes do not know: they may be at
+    # another place, and cannot be waited for.
+    at_once = kind is not None and issubclass(kind, KeyboardInterrupt)
+    is_known = kind is None or issubclass(
+      kind, errors.TrainingStopped | Interrupted
+    )
+    if not at_once and (is_known or not processes.are_several()):
       self.wait()
       self._join_remover()
       self._manager.close()
+
+
+class _SaveBarrier:
+  """Orbax's barrier for the background threads of several processes.
+
+  At the end of a save it waits for the others where the save has failed too,
+  and they wait where it has not come to. One that has failed raises here.
+  """
+
+  def __init__(self):
+    self.has_failed = False
+    self._is_committed = False
+
+  def begin(self) -> None:
+    """A save begins."""
+    self._is_committed = False
+
+  def __call__(self, *, key: str, timeout_ms: int) -> None:
+    in_background = threading.current_thread() is not threading.main_thread()
+    if "set_value" in key and in_background and not self._is_committed:
+      self.has_failed = True
+      raise RuntimeError("the save has failed, and waits for no other process")
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+    if "async_commit_complete" in key:
+      self._is_committed = True
 
 
 def saved_config(

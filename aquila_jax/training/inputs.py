@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from aquila_jax.core import errors, token_order
+from aquila_jax.core import errors, processes, token_order
 from aquila_jax.core.experiment_config import TrainConfig
 from aquila_jax.core.types import Batch
 from aquila_jax.data import loader
@@ -31,7 +32,11 @@ class TrainInput:
 
 
 def prepared_input(
-  data: PreparedData, *, train: TrainConfig, seed: int
+  data: PreparedData,
+  *,
+  train: TrainConfig,
+  seed: int,
+  mesh: Mesh | None = None,
 ) -> TrainInput:
   """The training split of prepared data.
 
@@ -39,10 +44,15 @@ def prepared_input(
     data: of prepare_data.
     train: batch size and sequence length.
     seed: of the order of documents and of the mixture.
+    mesh: on which `place` will lay the batches: only rows of this process's
+      devices are read. None reads all.
 
   Returns:
     The input of a TrainJob.
   """
+  rows = None
+  if mesh is not None:
+    rows = local_rows(mesh, train.batch_size)
 
   def batches(state: DataState) -> Iterator[tuple[Batch, DataState]]:
     return loader.train_batches(
@@ -51,8 +61,7 @@ def prepared_input(
       batch_size=train.batch_size,
       sequence_length=train.sequence_length,
       seed=seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      rows_read=rows,
     )
 
   return TrainInput(
@@ -62,23 +71,58 @@ def prepared_input(
   )
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...] | None:
+  """The rows of a batch that lie on this process's devices, in rising order.
+
+  Two processes have a row in common where a mesh axis that divides no rows goes
+  from one to the other.
+
+  Args:
+    mesh: of the devices of all processes.
+    batch_size: of the whole.
+
+  Returns:
+    The rows; None where they are all of them, or cannot be divided, which
+    `check_batch_divides` says better.
+  """
+  parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  if not processes.are_several() or batch_size % parts:
+    return None
+  sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+  indices = sharding.addressable_devices_indices_map((batch_size,))
+  found: set[int] = set()
+  for index in indices.values():
+    assert index is not None
+    found.update(range(batch_size)[index[0]])
+  return tuple(sorted(found))
+
+
 def place(batch: Batch, *, like: Batch) -> Batch:
   """Puts a batch of NumPy arrays on the devices.
 
   Args:
-    batch: this process's rows.
+    batch: this process's rows: those of `local_rows`.
     like: of `step.abstract_batch`: shapes, dtypes and shardings of the whole.
 
   Returns:
     The batch, its rows spread over the devices.
   """
-  return jax.tree.map(
-    lambda rows, leaf: jax.make_array_from_process_local_data(
-      leaf.sharding, np.asarray(rows, leaf.dtype), leaf.shape
-    ),
-    batch,
-    like,
-  )
+  sharding, size = like.tokens.sharding, like.tokens.shape[0]
+  assert isinstance(sharding, NamedSharding)
+  assert isinstance(sharding.mesh, Mesh)
+  rows = local_rows(sharding.mesh, size) or range(size)
+
+  def placed(values, leaf):
+    values = np.asarray(values, leaf.dtype)
+
+    def part(index):
+      wanted = range(size)[index[0]]
+      first = bisect.bisect_left(rows, wanted.start)
+      return values[first : first + len(wanted)][(slice(None), *index[1:])]
+
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+
+  return jax.tree.map(placed, batch, like)
 
 
 def check_batch_divides(config: TrainConfig, *, like: Batch, path: str) -> None:

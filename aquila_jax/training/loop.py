@@ -17,7 +17,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from aquila_jax.core import errors
+from aquila_jax.core import errors, processes
 from aquila_jax.core.experiment_config import TrainConfig
 from aquila_jax.core.lineage import Copies
 from aquila_jax.core.model_config import ModelConfig
@@ -34,7 +34,12 @@ from aquila_jax.training.freezing import NewIndices
 from aquila_jax.training.goodput import Goodput
 from aquila_jax.training.goodput import in_words as goodput_in_words
 from aquila_jax.training.interruption import Interrupted, StopSignals
-from aquila_jax.training.metrics import MetricsWriter, Row, read_rows
+from aquila_jax.training.metrics import (
+  MetricsWriter,
+  Row,
+  metrics_writer,
+  read_rows,
+)
 from aquila_jax.training.profiling import Profiler
 from aquila_jax.training.program import Program, make_program
 from aquila_jax.training.progress import Reporter
@@ -43,6 +48,7 @@ from aquila_jax.training.spikes import Event, no_steps
 from aquila_jax.training.state import InitialModel
 from aquila_jax.training.throughput import peak_flops
 from aquila_jax.training.watchdog import Watchdog
+from aquila_jax.training.wishes import Agreement, Wishes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,21 +140,29 @@ def train(job: TrainJob) -> TrainResult:
   ):
     run = _start(job, program, saved=saved, goodput=goodput)
     with (
-      MetricsWriter(workdir, last_step=run.step) as writer,
+      metrics_writer(workdir, last_step=run.step) as writer,
       Reporter(
-        job.stage, total_steps=job.total_steps, step=run.step
+        job.stage,
+        total_steps=job.total_steps,
+        step=run.step,
+        is_silent=not processes.is_first(),
       ) as reporter,
     ):
+      agreement = Agreement(job.mesh)
       batches = job.input.batches(run.data_state)
       # The order of an iteration is: log, evaluate, save, next batch, step. A
       # checkpoint of step s so holds what step s logged and its validation, and
       # the position in the data from which step s + 1 reads.
       while True:
+        wishes = agreement.reached(
+          Wishes(stop=signals.received, save=_time_to_save(job, run)),
+          at_the_end=run.step == job.total_steps,
+        )
         is_logged = not run.recorder.is_empty and _row_is_due(job, run)
         if (
           is_logged
-          or _validation_is_due(job, run, stop=signals)
-          or _save_is_due(job, run, saved, validation=None, stop=signals)
+          or _validation_is_due(job, run, wishes=wishes)
+          or _save_is_due(job, run, saved, validation=None, wishes=wishes)
         ) and _goes_back(job, run, program, saved=saved, writer=writer):
           batches = job.input.batches(run.data_state)
           continue
@@ -159,19 +173,19 @@ def train(job: TrainJob) -> TrainResult:
           reporter.show(row)
 
         validation = None
-        if _validation_is_due(job, run, stop=signals):
+        if _validation_is_due(job, run, wishes=wishes):
           validation = _validate(job, run, saved=saved)
           writer.validation(validation)
           reporter.show_validation(run.step, loss=validation["loss"])
 
         with goodput.spent("saving"):
           saved.check()
-        if _save_is_due(job, run, saved, validation=validation, stop=signals):
+        if _save_is_due(job, run, saved, validation=validation, wishes=wishes):
           # First, so that a checkpoint never is without its row.
           _watch(run, writer=writer)
           _save(job, run, saved=saved, validation=validation)
-        if signals.received is not None:
-          raise Interrupted(run.step, signal_number=signals.received)
+        if wishes.stop is not None:
+          raise Interrupted(run.step, signal_number=wishes.stop)
         if run.step == job.total_steps:
           break
 
@@ -322,11 +336,11 @@ def _row_is_due(job: TrainJob, run: _Run) -> bool:
   return run.step % job.train.log_every == 0 or run.step == job.total_steps
 
 
-def _validation_is_due(job: TrainJob, run: _Run, *, stop: StopSignals) -> bool:
+def _validation_is_due(job: TrainJob, run: _Run, *, wishes: Wishes) -> bool:
   every = job.train.evaluate_every
   return (
     job.evaluate is not None
-    and stop.received is None  # the next start makes up for it
+    and wishes.stop is None  # the next start makes up for it
     and every > 0
     and run.step > 0
     and (run.step % every == 0 or run.step == job.total_steps)
@@ -355,11 +369,11 @@ def _save_is_due(
   saved: Checkpoints,
   *,
   validation: Row | None,
-  stop: StopSignals,
+  wishes: Wishes,
 ) -> bool:
   if run.step == saved.latest_step:
     return False
-  if stop.received is not None or run.step == job.total_steps:
+  if wishes.stop is not None or run.step == job.total_steps:
     return True
   if run.step == 0:
     # For what may go wrong before the first other one.
@@ -372,8 +386,14 @@ def _save_is_due(
     better = [x for x in saved.losses.values() if x <= validation["loss"]]
     if len(better) < rules.keep_best:
       return True
+  return wishes.save
+
+
+def _time_to_save(job: TrainJob, run: _Run) -> bool:
+  """By the clock of the first process."""
   elapsed = time.monotonic() - run.saved_at
-  return 0 < rules.every_seconds <= elapsed
+  every_seconds = job.train.checkpoint.every_seconds
+  return processes.is_first() and 0 < every_seconds <= elapsed
 
 
 def _save(
@@ -508,7 +528,9 @@ def _named(steps: tuple[int, ...]) -> str:
 
 
 def _result(job: TrainJob, run: _Run, *, saved: Checkpoints) -> TrainResult:
-  rows = read_rows(job.workdir / "metrics.jsonl")
+  rows = processes.from_first(
+    lambda: read_rows(job.workdir / "metrics.jsonl")[-1:], name="last row"
+  )
   tokens = run.step * job.train.tokens_per_step
   spent_s = run.goodput.seconds
   logging.info("%s: %s", job.stage, goodput_in_words(spent_s))

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 
-from aquila_jax.core import errors, files
+from aquila_jax.core import errors, files, processes
 
 Row = dict[str, Any]
 
@@ -120,6 +120,46 @@ class MetricsWriter:
     if self._routing is not None:
       self._routing.close()
     self._events.close()
+
+
+class _NoMetrics(MetricsWriter):
+  """Of a process that leaves it to the first."""
+
+  def __init__(self):
+    pass
+
+  def train(self, row: Row) -> None:
+    del row
+
+  def validation(self, row: Row) -> None:
+    del row
+
+  def routing(self, row: Row) -> None:
+    del row
+
+  def spike(self, row: Row) -> None:
+    del row
+
+  def rewind(self, step: int) -> None:
+    del step
+
+  def __exit__(self, *_: object) -> None:
+    pass
+
+
+def metrics_writer(workdir: epath.Path, *, last_step: int) -> MetricsWriter:
+  """A MetricsWriter in the first process; in others, one that writes nothing.
+
+  Args:
+    workdir: as of MetricsWriter.
+    last_step: as of MetricsWriter.
+
+  Returns:
+    The writer.
+  """
+  if not processes.is_first():
+    return _NoMetrics()
+  return MetricsWriter(workdir, last_step=last_step)
 
 
 def read_rows(path: epath.Path) -> list[Row]:

@@ -20,6 +20,7 @@ class Reporter:
     total_steps: of the stage.
     step: from which training goes on.
     console: where to; by default standard error.
+    is_silent: shows nothing.
   """
 
   def __init__(
@@ -29,13 +30,14 @@ class Reporter:
     total_steps: int,
     step: int = 0,
     console: Console | None = None,
+    is_silent: bool = False,
   ):
     self._stage = stage
     self._total = total_steps
-    self._console = console or Console(stderr=True)
+    self._console = console or Console(stderr=True, quiet=is_silent)
     self._first = (step, time.perf_counter())
     self._bar = None
-    if self._console.is_terminal:
+    if self._console.is_terminal and not is_silent:
       self._bar = progress.Progress(
         progress.TextColumn("[bold]{task.description}"),
         progress.BarColumn(bar_width=None),

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
-from aquila_jax.core import dtypes
+from aquila_jax.core import dtypes, processes
 from aquila_jax.core.moments import AdamMoments, get_moments, set_moments
 from aquila_jax.core.types import Params, TrainState
 from aquila_jax.sharding.rules import param_shardings
@@ -168,13 +168,13 @@ def place_initial(
   """
   shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
   by_param = shardings.params
-  params, ema = jax.device_put(
+  params, ema = processes.place(
     (initial.params, initial.ema),
     (by_param, None if initial.ema is None else by_param),
   )
   moments = initial.moments
   if moments is not None:
-    moments = jax.device_put(moments, get_moments(shardings.opt_state))
+    moments = processes.place(moments, get_moments(shardings.opt_state))
 
   make = make_placement(
     optimizer, like=like, balance_weights=balance_weights, recent=recent

@@ -12,6 +12,8 @@ import os
 import threading
 import time
 
+from aquila_jax.core import process_watch
+
 _STDERR = 2  # not a Python stream: whoever holds its lock may be what hangs
 
 
@@ -41,7 +43,10 @@ class Watchdog:
         self.rearm()
 
   def _show(self) -> None:
-    line = f"\nno step for {self._silence_s:g} s; the run goes on; its threads:"
+    line = (
+      f"\n{process_watch.prefix()}no step for {self._silence_s:g} s; the run"
+      " goes on; its threads:"
+    )
     os.write(_STDERR, f"{line}\n".encode())
     faulthandler.dump_traceback(_STDERR, all_threads=True)
 

@@ -60,7 +60,9 @@ def prepare_text(job: Job) -> None:
 def run_stages(job: Job, seed: int, stages: tuple[str, ...]) -> ReportInput:
   """Runs what is left to do of some stages of a seed."""
   experiment = dataclasses.replace(job.of_seed(seed), pipeline=stages)
-  return run_pipeline(experiment, job.directory(seed), say=job.say).report
+  finished = run_pipeline(experiment, job.directory(seed), say=job.say)
+  assert finished is not None, "of several processes, another one reports"
+  return finished.report
 
 
 def run_arms(

@@ -47,7 +47,8 @@ def test_help_of_every_verb_names_its_flags_and_ends_with_0(commands):
     "compare_hf": "model reference text text_file continue_tokens tolerance"
     " [no]trace output",
     "count": "config stage",
-    "efficient_scale": "config workdir stage [no]explain_sharding replay_step",
+    "efficient_scale": "config workdir stage [no]explain_sharding replay_step"
+    " coordinator num_processes process_id join_timeout_s lost_after_s",
     "evaluate": "model data output split language text_field batch_size"
     " sequence_length max_tokens tasks num_fewshot limit include_path samples"
     " dtype",
@@ -68,7 +69,8 @@ def test_help_of_every_verb_names_its_flags_and_ends_with_0(commands):
     " width_map maps aki_residual split_noise optimizer tokenizer seed"
     " [no]check check_file check_tokens [no]dry_run",
     "train": "config stage workdir init_from profile_steps [no]save_optimizer"
-    " [no]explain_sharding replay_step",
+    " [no]explain_sharding replay_step coordinator num_processes process_id"
+    " join_timeout_s lost_after_s",
   }
   for verb, one in zip(VERBS, found, strict=True):
     assert (one.code, one.err) == (0, ""), verb

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from aquila_jax import version
-from aquila_jax.core import model_dir
+from aquila_jax.core import files, model_dir
 from aquila_jax.core.errors import UserError
 from aquila_jax.core.lineage import Event, Lineage
 from aquila_jax.core.model_config import ModelConfig, MoeConfig
@@ -195,6 +196,45 @@ def test_nothing_is_overwritten(tmp_path):
     model_dir.save_model(target, _model(), axes=AXES)
   assert str(error.value) == f"{target} exists; choose another output"
   assert list(target.iterdir()) == []
+
+
+def test_without_a_rename_config_json_marks_a_model_as_whole(
+  tmp_path, monkeypatch
+):
+  """As on gs://."""
+  monkeypatch.setattr(files, "has_rename", lambda path: False)
+  target = tmp_path / "model"
+  with pytest.raises(RuntimeError), model_dir.new_directory(target) as place:
+    assert place == epath.Path(target)
+    (place / "params").mkdir()
+    raise RuntimeError
+  assert list(tmp_path.iterdir()) == []
+  # What a writer leaves that is killed.
+  (target / "params").mkdir(parents=True)
+  (target / "params" / "left.bin").write_text("half")
+  with pytest.raises(UserError) as error:
+    _load(target)
+  assert str(error.value) == (
+    f"MODEL={str(target)!r} is not a MODEL directory: it has no config.json"
+  )
+  written = []
+  write_text = type(epath.Path(target)).write_text
+
+  def noted(self, text):
+    written.append(self.relative_to(target).as_posix())
+    return write_text(self, text)
+
+  monkeypatch.setattr(type(epath.Path(target)), "write_text", noted)
+  model_dir.save_model(target, _model(), axes=AXES)
+  assert written[-1] == "config.json"
+  assert "params/_METADATA" in written[:-1]
+  assert [path.name for path in tmp_path.iterdir()] == ["model"]
+  _assert_trees_equal(_load(target).params, _model().params)
+  before = sorted(target.rglob("*"))
+  with pytest.raises(UserError) as error:
+    model_dir.save_model(target, _model(), axes=AXES)
+  assert str(error.value) == f"{target} exists; choose another output"
+  assert sorted(target.rglob("*")) == before
 
 
 def test_two_writers_of_one_output_do_not_disturb_each_other(tmp_path):

@@ -123,11 +123,13 @@ class Kit:
   def run(
     self, workdir: pathlib.Path, messages: list[str] | None = None, **changes
   ) -> Finished:
-    return run_pipeline(
+    finished = run_pipeline(
       self.experiment(**changes),
       epath.Path(workdir),
       say=([] if messages is None else messages).append,
     )
+    assert finished is not None
+    return finished
 
 
 def _shared(factory: pytest.TempPathFactory, name: str) -> pathlib.Path:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import subprocess
@@ -11,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
+from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
 from aquila_jax.core import errors
 from aquila_jax.core.experiment_config import (
@@ -22,7 +25,7 @@ from aquila_jax.core.experiment_config import (
 )
 from aquila_jax.core.types import TrainState
 from aquila_jax.sharding.mesh import make_mesh
-from aquila_jax.training import manifest
+from aquila_jax.training import checkpointing, manifest
 from aquila_jax.training.checkpointing import (
   Checkpoints,
   check_same,
@@ -293,6 +296,47 @@ def test_every_file_of_a_step_is_in_its_manifest(directory, config):
     "commit_success.txt",
   }
   assert {"metrics/metrics", "progress/metadata", "config/metadata"} <= files
+
+
+def test_without_a_rename_a_marker_behind_the_manifest_commits_a_step(
+  directory, config, monkeypatch
+):
+  """As on gs://, where Orbax chooses this way by itself."""
+  monkeypatch.setattr(
+    checkpointing.ocp,
+    "CheckpointManagerOptions",
+    functools.partial(
+      ocp.CheckpointManagerOptions,
+      atomicity_options=AtomicityOptions(mode=AtomicityMode.COMMIT_FILE),
+    ),
+  )
+  names = []
+  write = manifest.write
+
+  def noted(step):
+    names.append(step.name)
+    # All files are there, and the step does not yet count.
+    assert (step / "state" / "_METADATA").exists()
+    assert not (step / "commit_success.txt").exists()
+    write(step)
+
+  monkeypatch.setattr(manifest, "write", noted)
+  with Checkpoints(directory, config=CheckpointConfig()) as saved:
+    for step in (1, 2):
+      _save(saved, step, config)
+      saved.wait()
+  assert names == ["1", "2"]  # in its place from the beginning
+  assert manifest.fault(directory / "1") is None
+  # Killed between the manifest and the marker.
+  (directory / "2" / "commit_success.txt").unlink()
+  assert manifest.fault(directory / "2") == "commit_success.txt is missing"
+  with Checkpoints(directory, config=CheckpointConfig()) as saved:
+    assert saved.latest_step == 1
+    restored, progress = saved.restore(_abstract(_state(1.0)), config=config)
+    assert progress["data"] == {"rows": 1}
+    jax.tree.map(np.testing.assert_array_equal, restored, _state(1.0))
+    _save(saved, 2, config)
+  assert manifest.fault(directory / "2") is None
 
 
 def test_a_checkpoint_of_before_there_were_manifests_is_trusted(
