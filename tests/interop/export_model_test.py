@@ -73,10 +73,13 @@ def test_without_its_record_an_export_computes_the_same(tmp_path, name):
   (path / "aquila_jax.json").unlink()
   back = tiny.imported(path, tmp_path / "back")
   assert [event.kind for event in back.lineage.events] == ["import"]
-  # Zeros are added and nothing is rounded, but for products with them that
-  # are summed in another order: 1e-6 is some ten roundings of a few units.
+  # Zeros are added and nothing is rounded, but products with them are summed in
+  # another order: 10 in a row of 8 numbers each, 10 sqrt(8) = 28 roundings of
+  # 2^-24, of the largest logit.
+  expected = tiny.logits(model, IDS)
+  tolerance = 28 * 2.0**-24 * np.max(np.abs(expected))
   np.testing.assert_allclose(
-    tiny.logits(back, IDS), tiny.logits(model, IDS), rtol=0, atol=2e-6
+    tiny.logits(back, IDS), expected, rtol=0, atol=tolerance
   )
 
 

@@ -66,6 +66,11 @@ def gradients_by_loops(rows, kernels, upstream, *, block_expert, num_blocks):
 ATOL = 2e-5
 
 
+def atol(expected) -> float:
+  """The same for numbers of any size: the sum is of 30 at most in ATOL."""
+  return ATOL * max(1.0, float(np.max(np.abs(expected))) / 30)
+
+
 class ExpertFfnContract:
   """Subclasses set `implementation`."""
 

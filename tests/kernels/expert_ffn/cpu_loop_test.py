@@ -63,7 +63,9 @@ def test_chunks_change_neither_output_nor_gradients(monkeypatch, chunk_rows):
     lambda *a: jnp.sum(upstream * cpu_loop.expert_ffn(*a, **blocks)), (0, 1)
   )(rows, kernels)
   expected = contract.gradients_by_loops(rows, kernels, upstream, **blocks)
-  np.testing.assert_allclose(found[0], expected[0], atol=contract.ATOL)
+  np.testing.assert_allclose(
+    found[0], expected[0], atol=contract.atol(expected[0])
+  )
   # Sums of up to 352 rows, where the contract has 9: 40 times as much rounding.
   for one, other in zip(found[1], expected[1], strict=True):
     np.testing.assert_allclose(one, other, atol=40 * contract.ATOL)
