@@ -27,7 +27,7 @@ from aquila_jax.pipeline.context import (
 )
 from aquila_jax.pipeline.initial import Start
 from aquila_jax.pipeline.preflight import check_config, check_data
-from aquila_jax.pipeline.replaying import replay_step
+from aquila_jax.pipeline.replaying import check_step, replay_step
 from aquila_jax.pipeline.stage import check_unchanged, is_done, run_stage
 from aquila_jax.pipeline.workdir_lock import locked
 from aquila_jax.training.compilation import enable_compilation_cache
@@ -71,6 +71,8 @@ def main() -> None:
   _check_source(experiment, name)
   enable_compilation_cache()
   workdir = epath.Path(_WORKDIR.value).expanduser()
+  if _REPLAY_STEP.value:
+    check_step(experiment, name, _REPLAY_STEP.value)
   to_do = [] if is_done(workdir) else [name]
   check_config(experiment, stages=to_do)
   check_profile_steps(

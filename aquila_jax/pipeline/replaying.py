@@ -17,13 +17,27 @@ import tokenizers
 from etils import epath
 
 from aquila_jax.core import errors, files
-from aquila_jax.pipeline import records
+from aquila_jax.core.experiment_config import ExperimentConfig
+from aquila_jax.pipeline import budget, records
 from aquila_jax.pipeline.initial import Start
 from aquila_jax.pipeline.stage import check_unchanged, job_of
 from aquila_jax.training.replay import Replay, replay
 
 _SHOWN = 8  # rows and leaves of the page
 _EXCERPT = 60  # characters around the dearest target
+
+
+def check_step(experiment: ExperimentConfig, stage: str, step: int) -> None:
+  """Refuses a step that a stage does not have, before anything is read.
+
+  Raises:
+    errors.UserError: saying which it has.
+  """
+  total = budget.total_steps(experiment, stage)
+  if not 1 <= step <= total:
+    raise errors.UserError(
+      f"--replay_step={step}: expected a step of 1 to {total}"
+    )
 
 
 def replay_step(start: Start, directory: epath.Path, step: int) -> str:

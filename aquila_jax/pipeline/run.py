@@ -31,7 +31,7 @@ from aquila_jax.pipeline.preflight import (
   check_data,
   check_order,
 )
-from aquila_jax.pipeline.replaying import replay_step
+from aquila_jax.pipeline.replaying import check_step, replay_step
 from aquila_jax.pipeline.reporting import make_report
 from aquila_jax.pipeline.stage import check_unchanged, is_done, run_stage
 from aquila_jax.pipeline.workdir_lock import locked
@@ -74,6 +74,7 @@ def replay_in_pipeline(
     raise errors.unknown_name("--stage", stage, directories)
   if not directories[stage].is_dir():
     raise errors.UserError(f"--workdir={workdir}: {stage} has not begun in it")
+  check_step(experiment, stage, step)
   with locked(workdir):
     context = make_context(experiment, workdir, say=say)
     start = _start(context, stage, directories)

@@ -66,19 +66,16 @@ def replay(
 
   Args:
     job: of the run; its workdir is only read.
-    step: which, from 1.
+    step: which, from 1 to the last of the stage.
     say: takes a line for the person at the terminal.
 
   Returns:
     The step.
 
   Raises:
-    errors.UserError: where the run has no such step, or several processes ask.
+    errors.UserError: where several processes ask.
   """
-  if not 1 <= step <= job.total_steps:
-    raise errors.UserError(
-      f"--replay_step={step}: expected a step of 1 to {job.total_steps}"
-    )
+  assert 1 <= step <= job.total_steps, step
   if jax.process_count() > 1:
     raise errors.UserError(
       f"--replay_step={step}: expected one process; there are"

@@ -1,20 +1,39 @@
 """Shows where a run hangs: at a collective that waits, a disk, a lock.
 
-The stacks are written by a thread that holds Python's lock. Without it, as
-faulthandler.dump_traceback_later does it, a run that goes on while its stacks
-are read can crash.
+The stacks are read through the interpreter, by a thread that holds its lock.
+faulthandler walks threads that end meanwhile, and a run that is looked at often
+can crash of it, with the lock (dump_traceback) and without
+(dump_traceback_later).
 """
 
 from __future__ import annotations
 
-import faulthandler
 import os
+import sys
 import threading
 import time
+import traceback
 
 from aquila_jax.core import process_watch
 
+_DEEPEST = 200  # calls of a thread
 _STDERR = 2  # not a Python stream: whoever holds its lock may be what hangs
+
+
+def _stacks() -> str:
+  """Of all threads, the innermost call first."""
+  names = {thread.ident: thread.name for thread in threading.enumerate()}
+  lines = []
+  for ident, frame in sys._current_frames().items():
+    lines.append(f"Thread {names.get(ident, hex(ident))}, the last call first:")
+    lines += (
+      f'  File "{call.filename}", line {call.lineno} in {call.name}'
+      for call in traceback.StackSummary.extract(
+        traceback.walk_stack(frame), limit=_DEEPEST, lookup_lines=False
+      )
+    )
+    lines.append("")
+  return "\n".join(lines) + "\n"
 
 
 class Watchdog:
@@ -47,8 +66,7 @@ class Watchdog:
       f"\n{process_watch.prefix()}no step for {self._silence_s:g} s; the run"
       " goes on; its threads:"
     )
-    os.write(_STDERR, f"{line}\n".encode())
-    faulthandler.dump_traceback(_STDERR, all_threads=True)
+    os.write(_STDERR, f"{line}\n{_stacks()}".encode())
 
   def __enter__(self) -> Watchdog:
     self.rearm()

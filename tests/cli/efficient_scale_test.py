@@ -133,8 +133,8 @@ def _assert_a_step_is_taken_again(
   assert len(report["rows"]) == 8
   texts = (folder / "rows.txt").read_text(encoding="utf-8")
   assert texts.count("=== row ") == 8
-  batch = np.load(folder / "batch.npz")
-  assert batch["nats"].shape == batch["tokens"].shape
+  with np.load(folder / "batch.npz") as batch:
+    assert batch["nats"].shape == batch["tokens"].shape
   after = files(workdir / "stages")
   assert {k: v for k, v in after.items() if "/replay/" not in k} == before
   commands.assert_refused(

@@ -49,6 +49,7 @@ TYPOS = [
   ("stages.dense.train.optimizer", "learning_rat", "learning_rate"),
   ("stages.dense.train.loss", "balanse", "balance"),
   ("stages.dense.train.freeze", "new_onyl", "new_only"),
+  ("stages.dense.train.spikes", "sigma", "sigmas"),
   ("stages.dense.train.checkpoint", "every_step", "every_steps"),
   ("evaluation", "promts", "prompts"),
   ("mesh", "tensors", "tensor"),

@@ -53,7 +53,7 @@ def _in_context(mesh, manual: tuple[str, ...]) -> tuple[bool, str, str]:
   [
     ((), False),
     (("data", "fsdp"), False),
-    (("data", "fsdp", "expert", "tensor"), True),
+    (("data", "fsdp", "expert", "sequence", "tensor"), True),
   ],
 )
 def test_kernels_need_whole_arrays(manual, is_whole):

@@ -8,7 +8,6 @@ import pathlib
 import numpy as np
 import pytest
 
-from aquila_jax.core import errors
 from aquila_jax.core.experiment_config import CheckpointConfig, SpikeConfig
 from aquila_jax.training.loop import train
 from aquila_jax.training.metrics import read_rows
@@ -97,12 +96,3 @@ def test_a_step_that_was_gone_back_from_is_found_in_its_place(tiny, tmp_path):
   assert np.isnan(found.batch.weights[5, 2])
   assert found.leaves[0].num_bad > 0
   assert np.isnan(found.loss)
-
-
-@pytest.mark.parametrize("step", [0, 8])
-def test_steps_that_the_run_does_not_have_are_refused(job, step):
-  with pytest.raises(errors.UserError) as error:
-    replay(job, step)
-  assert str(error.value) == (
-    f"--replay_step={step}: expected a step of 1 to 7"
-  )
