@@ -21,6 +21,7 @@ from aquila_jax.core.experiment_config import ExperimentConfig
 from aquila_jax.pipeline import budget, records
 from aquila_jax.pipeline.initial import Start
 from aquila_jax.pipeline.stage import check_unchanged, job_of
+from aquila_jax.training.metrics import strict
 from aquila_jax.training.replay import Replay, replay
 
 _SHOWN = 8  # rows and leaves of the page
@@ -136,7 +137,7 @@ def _write(folder: epath.Path, found: Replay, rows: list[_Row]) -> None:
     for row in rows
   ]
   report["leaves"] = [dataclasses.asdict(leaf) for leaf in found.leaves]
-  records.write(folder / "report.json", _strict(report))
+  records.write(folder / "report.json", strict(report))
   buffer = io.BytesIO()
   np.savez_compressed(buffer, nats=found.nats, **vars(found.batch))
   files.replace_bytes(folder / "batch.npz", buffer.getvalue())
@@ -147,17 +148,6 @@ def _write(folder: epath.Path, found: Replay, rows: list[_Row]) -> None:
       for row in rows
     ),
   )
-
-
-def _strict(value: Any) -> Any:
-  """JSON has no token for what is not finite: null."""
-  if isinstance(value, dict):
-    return {key: _strict(item) for key, item in value.items()}
-  if isinstance(value, list | tuple):
-    return [_strict(item) for item in value]
-  if isinstance(value, float) and not np.isfinite(value):
-    return None
-  return value
 
 
 def _page(found: Replay, rows: list[_Row], folder: epath.Path) -> str:

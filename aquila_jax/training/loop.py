@@ -271,13 +271,7 @@ def _start(
     logging.info("%s: going on from step %d", job.stage, step)
   else:
     step = 0
-    state = state_lib.place_initial(
-      job.initial(),
-      optimizer=program.optimizer,
-      like=program.state,
-      balance_weights=initial_weights(job.train.loss, job.model),
-      recent=no_steps(job.train.spikes),
-    )
+    state = initial_state(job, program)
     progress = {
       "data_state": job.data_state.to_json(),
       "wall_s": 0.0,
@@ -293,6 +287,17 @@ def _start(
     validated_step=progress["validated_step"],
     saved_at=time.monotonic(),
     watch=_routing_watch(job, state, step),
+  )
+
+
+def initial_state(job: TrainJob, program: Program) -> TrainState:
+  """The state at step 0; the job's model is handed over."""
+  return state_lib.place_initial(
+    job.initial(),
+    optimizer=program.optimizer,
+    like=program.state,
+    balance_weights=initial_weights(job.train.loss, job.model),
+    recent=no_steps(job.train.spikes),
   )
 
 

@@ -32,7 +32,7 @@ class JsonlWriter:
     self._file = path.open("a")
 
   def write(self, row: Row) -> None:
-    self._file.write(json.dumps(_strict(row), allow_nan=False) + "\n")
+    self._file.write(json.dumps(strict(row), allow_nan=False) + "\n")
     self._file.flush()
 
   def close(self) -> None:
@@ -95,7 +95,7 @@ class MetricsWriter:
   def spike(self, row: Row) -> None:
     """Writes what became of a step that got out of hand."""
     with (self._workdir / "spikes.jsonl").open("a") as file:
-      file.write(json.dumps(_strict(row), allow_nan=False) + "\n")
+      file.write(json.dumps(strict(row), allow_nan=False) + "\n")
 
   def rewind(self, step: int) -> None:
     """Cuts what is of later steps, as a new start from this one would."""
@@ -203,12 +203,12 @@ def _cut(path: epath.Path, *, last_step: int) -> None:
   files.replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
   """Plain Python values; numbers that JSON has no token for become null."""
   if isinstance(value, Mapping):
-    return {key: _strict(item) for key, item in value.items()}
+    return {key: strict(item) for key, item in value.items()}
   if isinstance(value, list | tuple | np.ndarray):
-    return [_strict(item) for item in value]
+    return [strict(item) for item in value]
   if isinstance(value, np.integer):
     return int(value)
   if isinstance(value, float | np.floating):

@@ -23,14 +23,10 @@ from aquila_jax.data.loader import DataState
 from aquila_jax.models.target_nats import target_nats
 from aquila_jax.sharding.mesh import on_mesh
 from aquila_jax.training import inputs
-from aquila_jax.training import state as state_lib
 from aquila_jax.training.accumulation import LossGradient
-from aquila_jax.training.balance import initial_weights
 from aquila_jax.training.checkpointing import Checkpoints
 from aquila_jax.training.growth_mask import mask_schedule
-from aquila_jax.training.loop import TrainJob, build_step
-from aquila_jax.training.program import Program
-from aquila_jax.training.spikes import no_steps
+from aquila_jax.training.loop import TrainJob, build_step, initial_state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +83,7 @@ def replay(
   ) as saved:
     first = saved.newest_until(step - 1)
     if first is None:
-      state, data_state = _initial(job, program), job.data_state
+      state, data_state = initial_state(job, program), job.data_state
     else:
       state, progress = saved.restore(
         program.state,
@@ -122,16 +118,6 @@ def replay(
     batch=batch,
     nats=nats,
     leaves=leaves,
-  )
-
-
-def _initial(job: TrainJob, program: Program) -> TrainState:
-  return state_lib.place_initial(
-    job.initial(),
-    optimizer=program.optimizer,
-    like=program.state,
-    balance_weights=initial_weights(job.train.loss, job.model),
-    recent=no_steps(job.train.spikes),
   )
 
 
