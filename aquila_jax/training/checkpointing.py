@@ -55,6 +55,8 @@ _HARMLESS = (
   "evaluate_tokens",
   "watchdog_s",
 )
+# Sections that came later as a whole.
+_LATER_SECTIONS = ("spikes",)
 # And the fields that came later, as what was saved without them had them.
 _BEFORE: dict[str, Any] = {
   "train": {
@@ -528,10 +530,10 @@ def _compared(saved: JsonDict) -> JsonDict:
 
 
 def _filled(tree: JsonDict, defaults: JsonDict) -> JsonDict:
-  """`tree` with the defaults that it lacks, in the sections that it has."""
+  """`tree` with the defaults that it lacks, in the sections that it had."""
   found = dict(tree)
   for key, value in defaults.items():
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or key in _LATER_SECTIONS:
       found.setdefault(key, value)
     elif isinstance(found.get(key), dict):
       found[key] = _filled(found[key], value)

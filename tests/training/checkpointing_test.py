@@ -22,6 +22,7 @@ from aquila_jax.core.experiment_config import (
   CheckpointConfig,
   LossConfig,
   MeshConfig,
+  SpikeConfig,
 )
 from aquila_jax.core.types import TrainState
 from aquila_jax.sharding.mesh import make_mesh
@@ -201,6 +202,23 @@ def test_a_checkpoint_of_before_there_were_growth_masks_fits(directory, config):
   old = copy.deepcopy(config)
   del old["train"]["mask_steps"], old["model"]["growth_mask"]
   check_same(old, config, what=directory, path="config.stages.a")
+
+
+def test_a_checkpoint_of_before_spikes_were_watched_for_fits(
+  directory, config, tiny
+):
+  old = copy.deepcopy(config)
+  del old["train"]["spikes"]
+  check_same(old, config, what=directory, path="config.stages.a")
+  watched = saved_config(
+    model=tiny.model(),
+    train=tiny.config(spikes=SpikeConfig(spike="skip")),
+    others={"seed": 1},
+  )
+  with pytest.raises(
+    errors.UserError, match="spikes.spike: 'ignore' -> 'skip'"
+  ):
+    check_same(old, watched, what=directory, path="config.stages.a")
 
 
 def test_a_checkpoint_of_before_routing_had_options_fits(tiny):
