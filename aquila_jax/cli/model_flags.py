@@ -37,7 +37,7 @@ from aquila_jax.pipeline.context import say_on_stderr
 from aquila_jax.planning import counting
 from aquila_jax.sharding.explain import explain
 from aquila_jax.sharding.mesh import make_mesh
-from aquila_jax.sharding.rules import param_shardings
+from aquila_jax.sharding.rules import laid_out, param_shardings
 
 T = TypeVar("T")
 
@@ -298,14 +298,8 @@ def load(
     shapes = decoder_lm.abstract_params(config)
     if mesh is None:
       return shapes
-    shardings = param_shardings(decoder_lm.parameter_axes(config), shapes, mesh)
-    return jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=sharding
-      ),
-      shapes,
-      shardings,
-    )
+    axes = decoder_lm.parameter_axes(config)
+    return laid_out(shapes, param_shardings(axes, shapes, mesh))
 
   return load_model(
     path, like=like, with_optimizer=with_optimizer, what=f"--{flag}"

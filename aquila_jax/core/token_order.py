@@ -38,8 +38,8 @@ def token_order(length: int, parts: int) -> Int[np.ndarray, "T"]:
 
 
 def divides(length: int, parts: int) -> bool:
-  """Whether rows of `length` tokens can lie on so many devices."""
-  return length % (2 * parts) == 0
+  """Whether rows of `length` tokens can lie on so many devices; on one, any."""
+  return parts == 1 or length % (2 * parts) == 0
 
 
 def gathered(

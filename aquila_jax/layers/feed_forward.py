@@ -14,7 +14,7 @@ from aquila_jax.core import axes
 from aquila_jax.core.axes import Axis
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.layers.linear import project
-from aquila_jax.sharding.rules import GATHERED, constrained, spec_of, without
+from aquila_jax.sharding.rules import constrained, gathered
 
 # The kernels of one FFN and their axes. A mixture has the same three names with
 # an `expert` axis in front, so that Scale-Out is: this leaf gains that axis.
@@ -68,19 +68,6 @@ def mask_rows(
   return down * jnp.expand_dims(rows, tuple(range(down.ndim - 2)))
 
 
-def _gathered(kernel: Float[Array, "I O"], leaf_axes: Sequence[Axis]):
-  """A kernel with the rows that other devices store, on a mesh.
-
-  Left to itself the compiler for TPUs gathers the tokens of all devices in
-  place of it: for AquilaDense-16B on 256 chips 160 GiB.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.size == 1 or mesh.empty or mesh.manual_axes:
-    return kernel
-  stored = spec_of([axis.name for axis in leaf_axes], kernel.shape, mesh=mesh)
-  return jax.lax.with_sharding_constraint(kernel, without(stored, GATHERED))
-
-
 class FeedForward(nn.Module):
   """down(silu(x gate) * (x up)), without biases."""
 
@@ -102,7 +89,7 @@ class FeedForward(nn.Module):
     )
     kernels = (gate, up, mask_rows(down, mask))
     gate, up, down = (
-      _gathered(kernel.astype(x.dtype), leaf_axes)
+      gathered(kernel.astype(x.dtype), [axis.name for axis in leaf_axes])
       for kernel, leaf_axes in zip(
         kernels, dense_kernel_axes(self.config).values(), strict=True
       )

@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Callable
 from typing import Any, Literal
 
-import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -24,7 +23,7 @@ from aquila_jax.data.prepared import PreparedData
 from aquila_jax.evaluation.perplexity import Evaluator
 from aquila_jax.models import decoder_lm
 from aquila_jax.sharding.mesh import BATCH_AXES, batch_sharding, make_mesh
-from aquila_jax.sharding.rules import param_shardings
+from aquila_jax.sharding.rules import laid_out, param_shardings
 
 Say = Callable[[str], None]
 
@@ -75,13 +74,7 @@ class Context:
     """The abstract parameters of a model, where they lie on the mesh."""
     shapes = decoder_lm.abstract_params(config)
     axes = decoder_lm.parameter_axes(config)
-    return jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=sharding
-      ),
-      shapes,
-      param_shardings(axes, shapes, self.mesh),
-    )
+    return laid_out(shapes, param_shardings(axes, shapes, self.mesh))
 
   def evaluator(
     self,

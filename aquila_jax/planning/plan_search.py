@@ -46,8 +46,7 @@ def search(
       rows /= getattr(sizes, axis)
     if rows != int(rows):
       continue
-    length, parts = train.sequence_length, sizes.sequence
-    if parts > 1 and not token_order.divides(length, parts):
+    if not token_order.divides(train.sequence_length, sizes.sequence):
       continue
     mesh = abstract_mesh(sizes, num_devices=pod.num_devices)
     for parts in _divisors(int(rows)):

@@ -149,7 +149,7 @@ def check_batch_divides(config: TrainConfig, *, like: Batch, path: str) -> None:
       f" {num_parts} devices; the nearest is {nearest}"
     )
   length, token_parts = config.sequence_length, sizes[SEQUENCE_AXIS]
-  if token_parts > 1 and not token_order.divides(length, token_parts):
+  if not token_order.divides(length, token_parts):
     multiple = 2 * token_parts
     nearest = max(round(length / multiple), 1) * multiple
     raise errors.UserError(

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from aquila_jax.core import dtypes, processes
 from aquila_jax.core.moments import AdamMoments, get_moments, set_moments
 from aquila_jax.core.types import Params, TrainState
-from aquila_jax.sharding.rules import param_shardings
+from aquila_jax.sharding.rules import laid_out, param_shardings
 
 
 def widen(tree: Params) -> Params:
@@ -105,13 +105,7 @@ def abstract_state(
     params,
   )
   shardings = state_shardings(shapes, axes=axes, mesh=mesh)
-  return jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=sharding
-    ),
-    shapes,
-    shardings,
-  )
+  return laid_out(shapes, shardings)
 
 
 def state_shardings(

@@ -137,7 +137,7 @@ def test_leaves_of_options_lie_where_the_table_says():
 
 def test_a_spec_without_an_axis():
   spec = P(("tensor", "fsdp"), "fsdp", None, "expert")
-  assert without(spec, "fsdp") == P("tensor", None, None, "expert")
+  assert without(spec, ("fsdp",)) == P("tensor", None, None, "expert")
 
 
 def test_vocabulary_that_does_not_divide_stays_whole():
