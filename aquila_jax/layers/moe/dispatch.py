@@ -3,21 +3,22 @@
 A dispatcher answers with a `Dispatch`, an object that moves rows out and back;
 nothing after it knows which one it was. Here tokens have chosen; experts choose
 in expert_choice.py. Rows move by gathers in both directions, also in the
-backward pass.
+backward pass. What the A slots of tokens hold is gathered choice by choice and
+added: as one array [M A D] a TPU takes 6 times as long for it, as [A M D] 7.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from aquila_jax.core import token_order
+from aquila_jax.core import dtypes, token_order
 from aquila_jax.core.model_config import MoeConfig
 from aquila_jax.core.types import Leaf
 from aquila_jax.kernels.topk_routing.reference import chosen_by
@@ -48,7 +49,11 @@ class Rows(Protocol):
   num_blocks: Leaf  # int []; blocks in use; they come first
 
   def gather(self, x: Float[Array, "M D"]) -> Float[Array, "P Q D"]:
-    """The rows of all slots, in blocks; an empty slot holds zeros."""
+    """The rows of all slots, in blocks.
+
+    An empty slot holds what is finite where all tokens are. Nothing reads what
+    becomes of it, and its gradient is zero.
+    """
     ...
 
   def combine(self, rows: Float[Array, "P Q D"]) -> Float[Array, "M D"]:
@@ -85,11 +90,8 @@ class TokenDispatch(struct.PyTreeNode):
 
   def combine(self, rows: Float[Array, "P Q D"]) -> Float[Array, "M D"]:
     """A dropped assignment adds zero."""
-    gates = self.routing.gates
     flat = rows.reshape(-1, rows.shape[-1])
-    routed = permute(flat, self.slot, self.assignment)
-    routed = routed.reshape(*gates.shape, -1)  # (R, D) -> (M, A, D)
-    return jnp.einsum("MAD,MA->MD", routed, gates.astype(routed.dtype))
+    return _weighted(flat, self.routing.gates, self.slot, self.assignment)
 
   def meetings(self) -> Meetings:
     """A token has a part for each of its assignments."""
@@ -379,15 +381,40 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
   return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
 
 
+def _clipped(x: jax.Array, index: jax.Array) -> jax.Array:
+  """x[index], of an index out of range the last row."""
+  return jnp.take(x, index, axis=0, mode="clip")
+
+
+def _sum_of_slots(
+  rows: Float[Array, "slots D"],
+  slot: Int[Array, "M A"],
+  *,
+  weights: Float[Array, "M A"] | None = None,
+) -> Float[Array, "M D"]:
+  """What tokens have in their slots, times weights, added in float32."""
+  wide = dtypes.at_least_float32(rows.dtype)
+  total: Any = 0.0
+  for choice in range(slot.shape[1]):
+    index = slot[:, choice]
+    found = _clipped(rows, index).astype(wide)
+    if weights is not None:
+      # In the rows' dtype, as a router's gates are in the reference models.
+      weight = weights[:, choice].astype(rows.dtype).astype(wide)
+      found *= weight[:, None]
+    total += jnp.where((index < rows.shape[0])[:, None], found, 0.0)
+  return total.astype(rows.dtype)
+
+
 @jax.custom_vjp
 def _spread(x, assignment, slot):
-  """x[assignment // A], zeros in empty slots; (M, D) -> (slots, D).
+  """x[assignment // A], (M, D) -> (slots, D); the last row in empty slots.
 
   A token's row is read for each of its slots and never stood beside itself;
   backward, what its slots have is gathered and summed.
   """
   # An empty slot has R, which is A times M.
-  return _take(x, assignment // (slot.size // x.shape[0]))
+  return _clipped(x, assignment // (slot.size // x.shape[0]))
 
 
 def _spread_forward(x, assignment, slot):
@@ -395,10 +422,46 @@ def _spread_forward(x, assignment, slot):
 
 
 def _spread_backward(slot, grad):
-  return jnp.sum(_take(grad, slot), axis=1), None, None
+  return _sum_of_slots(grad, slot), None, None
 
 
 _spread.defvjp(_spread_forward, _spread_backward)
+
+
+@jax.custom_vjp
+def _weighted(rows, gates, slot, assignment):
+  """sum_a gates[m, a] * rows[slot[m, a]]; (slots, D) -> (M, D).
+
+  Backward a token's gradient is read for each of its slots, once for rows and
+  gates.
+  """
+  del assignment
+  return _sum_of_slots(rows, slot.reshape(gates.shape), weights=gates)
+
+
+def _weighted_forward(rows, gates, slot, assignment):
+  out = _weighted(rows, gates, slot, assignment)
+  return out, (rows, gates, slot, assignment)
+
+
+def _weighted_backward(residuals, grad):
+  rows, gates, slot, assignment = residuals
+  wide = dtypes.at_least_float32(rows.dtype)
+  grad_rows = _clipped(grad, assignment // gates.shape[1]).astype(wide)
+  gate = _clipped(gates.reshape(-1).astype(rows.dtype), assignment)
+  is_used = (assignment < slot.size)[:, None]
+  rows_grad = jnp.where(is_used, grad_rows * gate.astype(wide)[:, None], 0.0)
+  of_slot = jnp.sum(rows.astype(wide) * grad_rows, axis=-1)
+  gates_grad = _take(of_slot, slot).reshape(gates.shape)
+  return (
+    rows_grad.astype(rows.dtype),
+    gates_grad.astype(gates.dtype),
+    None,
+    None,
+  )
+
+
+_weighted.defvjp(_weighted_forward, _weighted_backward)
 
 
 @jax.custom_vjp

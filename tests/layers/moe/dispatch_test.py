@@ -126,14 +126,37 @@ def test_rows_go_out_and_come_back_with_their_gates(placement):
   np.testing.assert_allclose(gate_grad, jnp.where(kept, product, 0), atol=1e-6)
 
 
-def test_empty_slots_hold_zeros():
+@pytest.mark.parametrize(
+  "placement", [dispatch.Dropless(4), dispatch.Capacity(0.6)]
+)
+def test_empty_slots_are_finite_unread_and_without_gradient(placement):
   routing = _routing()
-  plan = dispatch.Dropless(4).place(routing)
-  rows = plan.gather(jnp.ones((13, 3))).reshape(-1, 3)
+  plan = placement.place(routing)
+  x = jnp.asarray(np.random.default_rng(6).normal(size=(13, 3)), jnp.float32)
+  rows = plan.gather(x)
   empty = np.asarray(plan.assignment) == routing.experts.size
   assert empty.any()
-  np.testing.assert_array_equal(rows[empty], 0)
-  np.testing.assert_array_equal(rows[~empty], 1)
+  assert np.isfinite(rows).all()
+  flat = np.asarray(rows).reshape(-1, 3)
+  owner = np.asarray(plan.assignment)[~empty] // routing.experts.shape[1]
+  np.testing.assert_array_equal(flat[~empty], np.asarray(x)[owner])
+
+  ruined = jnp.where(empty.reshape(*rows.shape[:2], 1), jnp.nan, rows)
+  np.testing.assert_array_equal(plan.combine(ruined), plan.combine(rows))
+
+  def combined(rows, gates):
+    combining = plan.replace(routing=routing.replace(gates=gates))
+    return jnp.sum(combining.combine(rows))
+
+  def spread(x):  # with NaN for the gradient of empty slots
+    return jnp.sum(plan.gather(x) * ruined)
+
+  both = jax.grad(combined, argnums=(0, 1))
+  rows_grad, gates_grad = both(ruined, routing.gates)
+  np.testing.assert_array_equal(rows_grad.reshape(-1, 3)[empty], 0)
+  assert np.isfinite(rows_grad).all()
+  np.testing.assert_array_equal(gates_grad, both(rows, routing.gates)[1])
+  assert np.isfinite(jax.grad(spread)(x)).all()
 
 
 @pytest.mark.parametrize(
