@@ -377,16 +377,17 @@ def inverse(index: Int[Array, "R"], length: int) -> Int[Array, "length"]:
   return nobody.at[index].set(everyone, mode="drop")
 
 
-def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+def take(x: jax.Array, index: jax.Array) -> jax.Array:
+  """x[index], of an index out of range zeros."""
   return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
 
 
-def _clipped(x: jax.Array, index: jax.Array) -> jax.Array:
+def clipped(x: jax.Array, index: jax.Array) -> jax.Array:
   """x[index], of an index out of range the last row."""
   return jnp.take(x, index, axis=0, mode="clip")
 
 
-def _sum_of_slots(
+def sum_of_slots(
   rows: Float[Array, "slots D"],
   slot: Int[Array, "M A"],
   *,
@@ -397,7 +398,7 @@ def _sum_of_slots(
   total: Any = 0.0
   for choice in range(slot.shape[1]):
     index = slot[:, choice]
-    found = _clipped(rows, index).astype(wide)
+    found = clipped(rows, index).astype(wide)
     if weights is not None:
       # In the rows' dtype, as a router's gates are in the reference models.
       weight = weights[:, choice].astype(rows.dtype).astype(wide)
@@ -414,7 +415,7 @@ def _spread(x, assignment, slot):
   backward, what its slots have is gathered and summed.
   """
   # An empty slot has R, which is A times M.
-  return _clipped(x, assignment // (slot.size // x.shape[0]))
+  return clipped(x, assignment // (slot.size // x.shape[0]))
 
 
 def _spread_forward(x, assignment, slot):
@@ -422,7 +423,7 @@ def _spread_forward(x, assignment, slot):
 
 
 def _spread_backward(slot, grad):
-  return _sum_of_slots(grad, slot), None, None
+  return sum_of_slots(grad, slot), None, None
 
 
 _spread.defvjp(_spread_forward, _spread_backward)
@@ -436,7 +437,7 @@ def _weighted(rows, gates, slot, assignment):
   gates.
   """
   del assignment
-  return _sum_of_slots(rows, slot.reshape(gates.shape), weights=gates)
+  return sum_of_slots(rows, slot.reshape(gates.shape), weights=gates)
 
 
 def _weighted_forward(rows, gates, slot, assignment):
@@ -447,12 +448,12 @@ def _weighted_forward(rows, gates, slot, assignment):
 def _weighted_backward(residuals, grad):
   rows, gates, slot, assignment = residuals
   wide = dtypes.at_least_float32(rows.dtype)
-  grad_rows = _clipped(grad, assignment // gates.shape[1]).astype(wide)
-  gate = _clipped(gates.reshape(-1).astype(rows.dtype), assignment)
+  grad_rows = clipped(grad, assignment // gates.shape[1]).astype(wide)
+  gate = clipped(gates.reshape(-1).astype(rows.dtype), assignment)
   is_used = (assignment < slot.size)[:, None]
   rows_grad = jnp.where(is_used, grad_rows * gate.astype(wide)[:, None], 0.0)
   of_slot = jnp.sum(rows.astype(wide) * grad_rows, axis=-1)
-  gates_grad = _take(of_slot, slot).reshape(gates.shape)
+  gates_grad = take(of_slot, slot).reshape(gates.shape)
   return (
     rows_grad.astype(rows.dtype),
     gates_grad.astype(gates.dtype),
@@ -472,15 +473,15 @@ def permute(x, index, inverse):
   by the inverse index, never a scatter.
   """
   del inverse
-  return _take(x, index)
+  return take(x, index)
 
 
 def _permute_forward(x, index, inverse):
-  return _take(x, index), inverse
+  return take(x, index), inverse
 
 
 def _permute_backward(inverse, grad):
-  return _take(grad, inverse), None, None
+  return take(grad, inverse), None, None
 
 
 permute.defvjp(_permute_forward, _permute_backward)

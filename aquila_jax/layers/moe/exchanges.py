@@ -328,7 +328,7 @@ def _slots_of_chunks(
   return jnp.where(is_row, place + shift, empty).reshape(-1)
 
 
-class _Gathered(struct.PyTreeNode):
+class Gathered(struct.PyTreeNode):
   """The tokens of all devices, and what this one's experts make of them."""
 
   plan: TokenDispatch  # of all tokens, for this device's experts
@@ -337,10 +337,17 @@ class _Gathered(struct.PyTreeNode):
   axis: str = struct.field(pytree_node=False)
 
   def gather(self, x: Float[Array, "M D"]) -> Float[Array, "P Q D"]:
-    return self.plan.gather(jax.lax.all_gather(x, self.axis, tiled=True))
+    return self.plan.gather(self.everyone(x))
 
   def combine(self, rows: Float[Array, "P Q D"]) -> Float[Array, "M D"]:
-    out = self.plan.combine(rows)
+    return self.mine(self.plan.combine(rows))
+
+  def everyone(self, x: Float[Array, "M D"]) -> Float[Array, "NM D"]:
+    """The tokens that `plan` is of."""
+    return jax.lax.all_gather(x, self.axis, tiled=True)
+
+  def mine(self, out: Float[Array, "NM D"]) -> Float[Array, "M D"]:
+    """Of what all devices have made of these, this one's."""
     return jax.lax.psum_scatter(out, self.axis, tiled=True)
 
 
@@ -365,7 +372,7 @@ class AllGather:
     here = everyone.placed(
       group.mine(traffic.totals[None])[0], num_rows=group.room, group=group
     )
-    return _Gathered(
+    return Gathered(
       plan=here,
       block_expert=here.block_expert,
       num_blocks=here.num_blocks,

@@ -23,10 +23,12 @@ from aquila_jax.core import errors
 from aquila_jax.core.model_config import ExpertExchange, MoeConfig
 from aquila_jax.kernels.expert_ffn import api as expert_ffn
 from aquila_jax.kernels.target import say_once, target
+from aquila_jax.layers.moe import weighted_experts
 from aquila_jax.layers.moe.dispatch import Rows, TokenDispatch
 from aquila_jax.layers.moe.exchanges import (
   EXCHANGES,
   Exchange,
+  Gathered,
   Group,
   Traffic,
   Travelling,
@@ -146,6 +148,11 @@ def computed(
   x: Float[Array, "M D"], rows: Rows, kernels: Kernels
 ) -> Float[Array, "M D"]:
   """The sum over a token's experts of gate * expert(x), of experts here."""
+  if isinstance(rows, Gathered):
+    return rows.mine(computed(rows.everyone(x), rows.plan, kernels))
+  is_weighed_here = isinstance(rows, TokenDispatch)
+  if is_weighed_here and expert_ffn.platform_default(x.dtype) == "pallas_tpu":
+    return weighted_experts.apply(x, rows, kernels)
   out = expert_ffn.expert_ffn(
     rows.gather(x),
     kernels,
