@@ -439,6 +439,8 @@ class TrainConfig:
   evaluate_every: int = 0
   # Tokens of validation text a language in such a validation.
   evaluate_tokens: int = 65536
+  # On TPUs, whether the compiler is asked to run collectives beside compute.
+  overlap_collectives: bool = True
   # Seconds without a step or a validation after which the stacks of all threads
   # are written to standard error, again and again; 0 is never.
   watchdog_s: float = 600.0

@@ -315,6 +315,10 @@ class ModelConfig:
   growth_mask: GrowthMask | None = None
   # What the backward pass recomputes: nothing, all but matmuls, everything.
   remat: Literal["none", "dots", "full"] = "none"
+  # In so many parts of a row the LM head computes logits where only targets are
+  # asked for, of a loss. Of more than one they are computed again backward, and
+  # those of all tokens are never there together.
+  head_chunks: int = 1
   # What computes attention without a cache (kernels/attention/api.py); None
   # chooses by platform. One that is named is refused where it cannot.
   attention_implementation: AttentionImplementation | None = None
@@ -335,6 +339,7 @@ class ModelConfig:
       "num_kv_heads",
       "head_dim",
       "context_length",
+      "head_chunks",
     )
     for name in sizes:
       require(
@@ -459,6 +464,7 @@ _WAYS = (
   "context_length",
   "init_std",
   "remat",
+  "head_chunks",
   "attention_implementation",
   "scan_layers",
   "param_dtype",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from aquila_jax.core import axes, dtypes
 from aquila_jax.core.model_config import ModelConfig
@@ -36,9 +36,13 @@ class Embedding(nn.Module):
     """The tied LM head: float32 logits x E^T."""
     return project(
       x,
-      self.table.astype(x.dtype).T,  # (V, D) -> (D, V)
+      self.head(x.dtype),
       out_dtype=dtypes.at_least_float32(x.dtype),
     )
+
+  def head(self, dtype: DTypeLike) -> Float[Array, "D V"]:
+    """The kernel of the tied LM head."""
+    return self.table.astype(dtype).T
 
 
 class LMHead(nn.Module):
@@ -46,10 +50,9 @@ class LMHead(nn.Module):
 
   config: ModelConfig
 
-  @nn.compact
-  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+  def setup(self):
     config = self.config
-    kernel = self.param(
+    self.kernel = self.param(
       "kernel",
       axes.declare(
         nn.initializers.normal(config.init_std),
@@ -58,8 +61,14 @@ class LMHead(nn.Module):
       (config.embed_dim, config.vocab_size),
       jnp.dtype(config.param_dtype),
     )
+
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     return project(
       x,
-      kernel.astype(x.dtype),
+      self.head(x.dtype),
       out_dtype=dtypes.at_least_float32(x.dtype),
     )
+
+  def head(self, dtype: DTypeLike) -> Float[Array, "D V"]:
+    """The kernel."""
+    return self.kernel.astype(dtype)

@@ -24,12 +24,14 @@ from jaxtyping import Array, Float, Int
 from aquila_jax.core import axes
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.types import Leaf, Params, RoutingStats
+from aquila_jax.layers import target_scores
 from aquila_jax.layers.attention import Attention, KVCache
 from aquila_jax.layers.embedding import Embedding, LMHead
 from aquila_jax.layers.feed_forward import FeedForward
 from aquila_jax.layers.moe import router
 from aquila_jax.layers.moe.layer import MoeFeedForward
 from aquila_jax.layers.norm import RMSNorm
+from aquila_jax.layers.target_scores import TargetScores
 from aquila_jax.models import growth_mask, layer_runs
 from aquila_jax.models.growth_mask import NO_MASKS, Masks
 from aquila_jax.models.mixed_layers import mixed_layers
@@ -40,11 +42,13 @@ from aquila_jax.sharding.rules import constrained
 class DecoderOutput(struct.PyTreeNode):
   """What the decoder answers."""
 
-  logits: Leaf  # float [B T V]; at least float32
+  # float [B T V]; at least float32. None where targets are given.
+  logits: Leaf | None
   # Stacked over the layers with experts (config.moe_layers); None when dense.
   routing: RoutingStats | None
   # As the one that was given; None when none was.
   cache: KVCache | ListedCache | None
+  scores: TargetScores | None = None  # None where no targets are given
 
 
 class ListedCache(struct.PyTreeNode):
@@ -204,6 +208,7 @@ class DecoderLM(nn.Module):
     last_only: bool = False,
     mask_value: Float[Array, ""] | float | None = None,
     groups: Float[Array, "B T I"] | None = None,
+    targets: Int[Array, "B T"] | None = None,
   ) -> DecoderOutput:
     """Logits of the next token, for every token.
 
@@ -218,9 +223,11 @@ class DecoderLM(nn.Module):
       mask_value: in place of `config.growth_mask.value`; it may be traced.
       groups: 1 where a token is of group i (a language); experts' load is
         counted of each as well.
+      targets: ids below V; what the logits say of them is answered in the place
+        of the logits.
 
     Returns:
-      Logits, the routing of every layer, and the grown cache.
+      Logits or scores, the routing of every layer, and the grown cache.
 
     Raises:
       ValueError: on a mask_value for a model without a growth mask.
@@ -250,13 +257,33 @@ class DecoderLM(nn.Module):
     if last_only:
       x = x[:, -1:]
     x = final_norm(config)(x, masks.embed)
-    if config.tied_embeddings:
-      logits = embedding.attend(x)
-    else:
-      logits = LMHead(config, name="lm_head")(x)
-    logits = constrained(logits, "row", "token", "vocab")
     routing = growth_mask.weigh_losses(routing, config, masks)
-    return DecoderOutput(logits=logits, routing=routing, cache=cache)
+    logits, scores = self._head(embedding, x, targets)
+    return DecoderOutput(
+      logits=logits, routing=routing, cache=cache, scores=scores
+    )
+
+  def _head(
+    self,
+    embedding: Embedding,
+    x: Float[Array, "B T D"],
+    targets: Int[Array, "B T"] | None,
+  ) -> tuple[Float[Array, "B T V"] | None, TargetScores | None]:
+    """Logits, or what they say of targets."""
+    config = self.config
+    head: Any = None
+    if not config.tied_embeddings:
+      head = LMHead(config, name="lm_head")
+    if targets is not None and config.head_chunks > 1:
+      kernel = (embedding if head is None else head).head(x.dtype)
+      return None, target_scores.in_chunks(
+        x, kernel, targets, num_chunks=config.head_chunks
+      )
+    logits = embedding.attend(x) if head is None else head(x)
+    logits = constrained(logits, "row", "token", "vocab")
+    if targets is None:
+      return logits, None
+    return None, target_scores.of_logits(logits, targets)
 
   def _scan(
     self,

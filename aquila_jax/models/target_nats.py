@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from aquila_jax.core import dtypes
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.types import Batch, Params
 from aquila_jax.models.decoder_lm import DecoderLM
@@ -39,11 +38,8 @@ def target_nats(
     positions=batch.positions,
     segments=batch.segments,
     mask_value=mask_value,
+    targets=batch.targets,
   )
-  # At least float32: a log-softmax over the vocabulary.
-  logits = out.logits.astype(dtypes.at_least_float32(out.logits.dtype))
-  index = batch.targets[..., None].astype(jnp.int32)
-  chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
-  nats = jax.nn.logsumexp(logits, axis=-1) - chosen
+  nats = out.scores.z - out.scores.target
   # A product would turn an infinity of padding into NaN.
   return jnp.where(batch.weights > 0, nats, jnp.zeros((), nats.dtype))

@@ -360,9 +360,10 @@ def _make_step(
         batch.tokens,
         positions=batch.positions,
         segments=batch.segments,
+        targets=batch.targets,
       )
       terms = losses.loss_terms(
-        out.logits,
+        out.scores,
         out.routing,
         batch=batch,
         totals=losses.batch_totals(batch),

@@ -8,7 +8,9 @@ The rest is a model of what the TPU compiler keeps at the same time:
                     of every layer, by the remat policy; the sums of gradients
                     of microbatches
   at the loss       the LM head, gathered, and the logits twice: in float32, and
-                    their gradient in the compute dtype
+                    their gradient in the compute dtype; of a part of the tokens
+                    with head_chunks, beside the float32 sum of the head's
+                    gradient
   backward          gradients, in float32, and what one layer takes: kernels,
                     gathered; rows of experts; attention
 
@@ -265,8 +267,10 @@ class Step:
   def _loss(self) -> int:
     c = self.compute_bytes
     vocab = self._parts(self.model.vocab_size)
-    head = self.model.embed_dim * vocab * c
-    return head + self.logit_bytes
+    chunks = self.model.head_chunks
+    number = c if chunks == 1 else c + _WIDE
+    head = self.model.embed_dim * vocab * number
+    return head + self.logit_bytes // chunks
 
   def _layer(self) -> int:
     model, c, m = self.model, self.compute_bytes, self.tokens

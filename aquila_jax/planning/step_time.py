@@ -101,6 +101,8 @@ def _flops(step: Step) -> tuple[float, float]:
   passes = 3 + train.has_load_pass(model)
   # A tile in which experts meet is computed for each of them.
   padding = experts * passes * (step.tile_share(_TILE_ROWS) - 1)
+  if model.head_chunks > 1:
+    again += parts["lm_head"]
   computed = counted.train_flops + again + padding
   if train.has_load_pass(model):
     computed += body

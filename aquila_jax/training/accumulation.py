@@ -97,6 +97,7 @@ class _Passes:
       segments=part.segments,
       mask_value=self.mask_value,
       groups=self._languages(part),
+      targets=part.targets,
       rngs=rngs,
     )
 
@@ -119,7 +120,7 @@ class _Passes:
     def loss_fn(params):
       out = self.forward(params, part, number)
       terms = losses.loss_terms(
-        out.logits,
+        out.scores,
         out.routing,
         batch=part,
         totals=self.totals,

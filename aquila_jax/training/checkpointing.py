@@ -53,6 +53,7 @@ _HARMLESS = (
   "checkpoint",
   "evaluate_every",
   "evaluate_tokens",
+  "overlap_collectives",
   "watchdog_s",
 )
 # Sections that came later as a whole.
@@ -76,6 +77,7 @@ _BEFORE: dict[str, Any] = {
     },
   },
   "model": {
+    "head_chunks": 1,
     "moe": {
       "gate_scale": 1.0,
       "choice": "token",
@@ -88,7 +90,7 @@ _BEFORE: dict[str, Any] = {
       "logit_noise": 0.0,
       "exchange": None,
       "buffer_factor": 1.5,
-    }
+    },
   },
 }
 

@@ -10,6 +10,8 @@ import jax
 from absl import logging
 from etils import epath
 
+from aquila_jax.kernels.target import target
+
 _CACHE_DIRECTORY = "~/.cache/aquila_jax/xla"
 
 
@@ -32,6 +34,32 @@ def enable_compilation_cache(directory: str = "") -> epath.Path:
   # there are many of them.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
   return path
+
+
+# The compiler for TPUs then fuses steps of a collective into what need not wait
+# for it, products and Pallas kernels; unasked it does not.
+_OVERLAP = (
+  "xla_enable_async_all_gather",
+  "xla_tpu_enable_async_collective_fusion",
+  "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+  "xla_tpu_enable_async_collective_fusion_fuse_all_reduce",
+  "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter",
+  "xla_tpu_enable_async_collective_fusion_multiple_steps",
+  "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call",
+  "xla_tpu_overlap_compute_collective_tc",
+)
+
+
+def overlap_options() -> dict[str, str] | None:
+  """What tells the compiler to run collectives beside compute.
+
+  Returns:
+    Options of `jax.jit`; None where the platform that is compiled for (see
+    kernels/target.py) has none.
+  """
+  if target().platform != "tpu":
+    return None
+  return dict.fromkeys(_OVERLAP, "true")
 
 
 def compile_step(jitted: Any, *arguments: Any) -> Any:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from aquila_jax.core import dtypes
 from aquila_jax.core.experiment_config import LossConfig
 from aquila_jax.core.types import Batch, Leaf, RoutingStats
+from aquila_jax.layers.target_scores import TargetScores
 from aquila_jax.training.balance import BalanceInputs, make_rule
 
 
@@ -52,7 +52,7 @@ def _num_tokens(batch: Batch) -> Float[Array, ""]:
 
 
 def loss_terms(
-  logits: Float[Array, "B T V"],
+  scores: TargetScores,
   routing: RoutingStats | None,
   *,
   batch: Batch,
@@ -76,7 +76,7 @@ def loss_terms(
   product of two means: training/balance.py.
 
   Args:
-    logits: of the microbatch, at least float32.
+    scores: of the microbatch's targets.
     routing: stacked over the layers with experts; None when dense.
     batch: the microbatch.
     totals: of the whole batch.
@@ -87,16 +87,12 @@ def loss_terms(
   Returns:
     The microbatch's share of every term.
   """
-  # At least float32: sums over many tokens.
-  logits = logits.astype(dtypes.at_least_float32(logits.dtype))
-  weights = batch.weights.astype(logits.dtype)
-  z = jax.nn.logsumexp(logits, axis=-1)
-  nats = weights * (z - _at_target(logits, batch.targets))
-  total_weight = totals.weight.astype(logits.dtype)
+  weights = batch.weights.astype(scores.z.dtype)
+  nats = weights * (scores.z - scores.target)
+  total_weight = totals.weight.astype(scores.z.dtype)
   cross_entropy = jnp.sum(nats) / total_weight
-  lm_z = jnp.sum(weights * jnp.square(z)) / total_weight
-  largest = jnp.max(logits, axis=-1)
-  lm_max_z = jnp.sum(weights * jnp.square(largest)) / total_weight
+  lm_z = jnp.sum(weights * jnp.square(scores.z)) / total_weight
+  lm_max_z = jnp.sum(weights * jnp.square(scores.largest)) / total_weight
 
   total = cross_entropy
   if config.lm_z:
@@ -111,7 +107,7 @@ def loss_terms(
     if balance.weights is None:
       total += config.balance * jnp.mean(per_layer)
     else:
-      total += jnp.mean(balance.weights.astype(logits.dtype) * per_layer)
+      total += jnp.mean(balance.weights.astype(scores.z.dtype) * per_layer)
     total += config.router_z * jnp.mean(routing.z_loss)
 
   def by_language(values: Float[Array, "B T"]) -> Float[Array, "I"]:
@@ -140,12 +136,3 @@ def shared_routing(
   dtype = routing.load.dtype
   share = _num_tokens(batch).astype(dtype) / totals.tokens.astype(dtype)
   return jax.tree.map(lambda mean: share * mean, routing)
-
-
-def _at_target(logits, targets) -> Float[Array, "B T"]:
-  """The logit of the target."""
-  # As a masked sum: its gradient is no scatter into [B T V], and it needs no
-  # gather across a sharded vocabulary.
-  ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-  chosen = ids == targets.astype(jnp.int32)[..., None]
-  return jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)

@@ -110,6 +110,10 @@ def make_program(
     seed=seed,
   )
   jitted = step_lib.jit_train_step(
-    train_step, state=state, batch=batch, mesh=mesh
+    train_step,
+    state=state,
+    batch=batch,
+    mesh=mesh,
+    overlap=config.overlap_collectives,
   )
   return Program(jitted=jitted, optimizer=optimizer, state=state, batch=batch)

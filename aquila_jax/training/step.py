@@ -19,6 +19,7 @@ from aquila_jax.models import decoder_lm
 from aquila_jax.sharding.mesh import batch_sharding, on_mesh
 from aquila_jax.training import balance, losses, spikes
 from aquila_jax.training.accumulation import LossGradient
+from aquila_jax.training.compilation import overlap_options
 from aquila_jax.training.freezing import select
 from aquila_jax.training.growth_mask import mask_schedule
 from aquila_jax.training.optimizers import Schedule
@@ -228,6 +229,7 @@ def jit_train_step(
   state: TrainState,
   batch: Batch,
   mesh: Mesh | AbstractMesh,
+  overlap: bool = True,
 ) -> Any:
   """The step jitted and donated: the new state takes the old one's memory.
 
@@ -236,6 +238,7 @@ def jit_train_step(
     state: of `abstract_state`.
     batch: of `abstract_batch`.
     mesh: of the devices.
+    overlap: as TrainConfig.overlap_collectives.
 
   Returns:
     A `jax.jit` function; the state it is given is consumed.
@@ -248,4 +251,5 @@ def jit_train_step(
     in_shardings=(shardings, jax.tree.map(lambda x: x.sharding, batch)),
     # Metrics are small and replicated.
     out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+    compiler_options=overlap_options() if overlap and mesh.size > 1 else None,
   )

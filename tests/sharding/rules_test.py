@@ -49,6 +49,7 @@ MIXED = _config(
   num_layers=3,
   moe=MoeConfig(num_experts=4, top_k=2, block_size=8, layers=(0, 2)),
   remat="full",
+  head_chunks=4,
 )
 CAPACITY = _config(moe=MoeConfig(num_experts=4, top_k=2, capacity_factor=0.75))
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from aquila_jax.kernels.target import Target, compiling_for
 from aquila_jax.training import compilation
 
 
@@ -47,3 +48,13 @@ def test_the_executable_refuses_another_shape():
   assert executable(jnp.zeros(3)).tolist() == [1.0, 1.0, 1.0]
   with pytest.raises(TypeError):
     executable(jnp.zeros(4))
+
+
+def test_only_tpus_are_asked_to_overlap():
+  assert compilation.overlap_options() is None
+  with compiling_for(Target(platform="tpu", device_kind="TPU v5")):
+    options = compilation.overlap_options()
+  assert options
+  assert set(options.values()) == {"true"}
+  with compiling_for(Target(platform="gpu", device_kind="NVIDIA H100")):
+    assert compilation.overlap_options() is None

@@ -9,6 +9,7 @@ import pytest
 
 from aquila_jax.core.experiment_config import LossConfig
 from aquila_jax.core.types import RoutingStats
+from aquila_jax.layers import target_scores
 from aquila_jax.training import losses
 from aquila_jax.training.balance import BalanceInputs
 
@@ -40,7 +41,7 @@ def _routing(scale=1.0):
 
 def _terms(logits, routing, batch, config):
   return losses.loss_terms(
-    logits,
+    target_scores.of_logits(logits, batch.targets),
     routing,
     batch=batch,
     totals=losses.batch_totals(batch),
@@ -96,7 +97,7 @@ def test_a_weight_adds_its_term(logits, batch, field, mean):
 def test_adaptive_weights_take_the_place_of_the_constant(logits, batch):
   config = dataclasses.replace(_NONE, balance=9.0)
   terms = losses.loss_terms(
-    logits,
+    target_scores.of_logits(logits, batch.targets),
     _routing(),
     batch=batch,
     totals=losses.batch_totals(batch),
@@ -121,11 +122,16 @@ def test_microbatches_add_up_to_the_batch(logits, batch):
   config = LossConfig(balance=0.1, router_z=0.1, lm_z=0.1, lm_max_z=0.1)
   whole = _terms(logits, _routing(), batch, config)
   totals = losses.batch_totals(batch)
+  scores = target_scores.of_logits(logits, batch.targets)
+
+  def of_rows(tree, i):
+    return jax.tree.map(lambda leaf: leaf[i : i + 2], tree)
+
   parts = [
     losses.loss_terms(
-      logits[i : i + 2],
+      of_rows(scores, i),
       _routing(),
-      batch=jax.tree.map(lambda leaf, i=i: leaf[i : i + 2], batch),
+      batch=of_rows(batch, i),
       totals=totals,
       config=config,
       num_languages=2,

@@ -37,7 +37,7 @@ from aquila_jax.layers.moe.expert_choice import ExpertChoice
 from aquila_jax.layers.moe.losses import RoutingSums
 from aquila_jax.layers.moe.router import Affinity
 from aquila_jax.sharding.mesh import SEQUENCE_AXIS
-from aquila_jax.sharding.rules import GATHERED, spec_of
+from aquila_jax.sharding.rules import gathered_here, spec_of
 from aquila_jax.sharding.sequence import row_axes
 
 Kernels = tuple[jax.Array, jax.Array, jax.Array]  # gate, up, down
@@ -109,10 +109,12 @@ def mixture(
   def on_device(x, affinity, kernels):
     if is_plain:
       affinity = affinity.replace(plain=affinity.logits)
+    # This device's experts and hidden units, whole in all else.
+    gate, up, down = map(gathered_here, kernels, stored)
     return _flattened(
       x,
       affinity,
-      _gathered(kernels, stored),
+      (gate, up, down),
       TokenChoice(config, division=division),
       compute=functools.partial(_on_device, config=config, division=division),
     )
@@ -216,18 +218,3 @@ def _on_device(
 
 def _parts(mesh: AbstractMesh, axes: tuple[str, ...]) -> int:
   return math.prod(mesh.shape[axis] for axis in axes)
-
-
-def _gathered(kernels: Kernels, stored: tuple[P, ...]) -> Kernels:
-  """This device's experts and hidden units, whole in all else."""
-
-  def one(kernel: jax.Array, spec: P) -> jax.Array:
-    for i, entry in enumerate(spec):
-      entries = entry if isinstance(entry, tuple) else (entry,)
-      parts = tuple(axis for axis in entries if axis in GATHERED)
-      if parts:
-        kernel = jax.lax.all_gather(kernel, parts, axis=i, tiled=True)
-    return kernel
-
-  gate, up, down = map(one, kernels, stored)
-  return gate, up, down
