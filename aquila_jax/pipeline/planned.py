@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from aquila_jax.core import errors
 from aquila_jax.core.experiment_config import ExperimentConfig, TrainConfig
 from aquila_jax.core.model_config import ModelConfig
+from aquila_jax.kernels.attention import splash
 from aquila_jax.kernels.target import Target, compiling_for
 from aquila_jax.layers.moe import expert_parallel
 from aquila_jax.pipeline import budget
@@ -21,7 +22,7 @@ from aquila_jax.planning.pods import Pod
 from aquila_jax.planning.quick_plan import QuickPlan
 from aquila_jax.planning.step_memory import Step
 from aquila_jax.planning.step_plan import Memory, StepPlan
-from aquila_jax.planning.tpu_schedule import Clock, Schedule
+from aquila_jax.planning.tpu_schedule import Clock, Kernel, Schedule, Taken
 from aquila_jax.sharding.mesh import abstract_mesh, make_mesh
 from aquila_jax.training import inputs
 from aquila_jax.training.program import Program, make_program
@@ -70,12 +71,7 @@ def plan_step(
       schedule,
       coordinates=[device.coords for device in mesh.devices.flat],
       kind=kind,
-      trips=grouped_steps(
-        stage.model,
-        num_tokens=step.tokens,
-        expert_devices=mesh.shape["expert"],
-      ),
-      filled=step.filled,
+      step=step,
     )
   tokens = stage.train.tokens_per_step
   flops = tokens * counting.train_flops_per_token(
@@ -202,7 +198,7 @@ def _compiled(
 ) -> tuple[Schedule | None, str]:
   """The schedule, or None and what the compiler says does not fit."""
   try:
-    return clock.compile(lowered), ""
+    return clock.compile(lowered, pallas_only=True), ""
   except jax.errors.JaxRuntimeError as error:
     found = _OUT_OF_MEMORY.search(str(error))
     if found is None:
@@ -215,23 +211,46 @@ def _estimate(
   *,
   coordinates: tpu_program.Coordinates,
   kind: str,
-  trips: int,
-  filled: float,
+  step: Step,
 ) -> tpu_program.Estimate:
-  """Experts' kernels skip the steps that no rows fill, of even buffers."""
   assert schedule.compiled is not None
   return tpu_program.estimate(
     schedule.compiled.as_text() or "",
     chip=tpu_program.Chip.of(kind),
     coordinates=coordinates,
     kernel_cycles={
-      kernel.name: round(
-        kernel.cycles_of(trips) * (filled if "expert_" in kernel.name else 1)
-      )
-      for kernel in schedule.kernels
+      kernel.name: _cycles(kernel, step) for kernel in schedule.kernels
     },
     rare=[expert_parallel.OVERFLOW],
   )
+
+
+def _cycles(kernel: Kernel, step: Step) -> int:
+  """Of a run, where experts are met evenly.
+
+  What the code of a kernel does not say: splash skips blocks in which the mask
+  leaves nothing; experts' kernels skip steps that no rows fill, of buffers for
+  uneven ones, and set aside, fill with zeros or write what they have summed
+  only where an expert's rows begin or end in a tile.
+  """
+  model, mesh = step.model, step.mesh
+  if "splash" in kernel.name:
+    share = splash.computed_share(
+      step.train.sequence_length,
+      head_dim=model.head_dim,
+      dtype=model.compute_dtype,
+      num_parts=mesh.shape["sequence"],
+      window=model.sliding_window,
+    )
+    return kernel.cycles_of(1, taken=Taken(computing=share))
+  if model.moe is None or "expert_" not in kernel.name:
+    return kernel.cycles_of(1)
+  experts = model.moe.num_experts // mesh.shape["expert"]
+  steps = grouped_steps(
+    model, num_tokens=step.tokens, expert_devices=mesh.shape["expert"]
+  )
+  taken = Taken(others=min(1.0, experts / steps))
+  return round(kernel.cycles_of(steps, taken=taken) * step.filled)
 
 
 def _memory(program: Program, schedule: Schedule | None, kind: str) -> Memory:

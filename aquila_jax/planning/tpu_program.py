@@ -9,10 +9,12 @@ counts as often as the loops around it run:
 - collectives, by their bytes over the links that their group spans;
 - the rest by the bytes that it reads and writes, over the memory's rate.
 
-A collective that has started may hide behind compute, or not: both sums are
-given, and the truth lies between them. Copies between memories are taken to be
-hidden. Of the branches of a conditional the longest counts, of those that are
-not said to be rare.
+The compiler lets some collectives run beside compute: it has them start, fuses
+their steps into kernels and products, and waits for them. As it is scheduled so
+much of them is hidden as the compute takes that they are fused into
+(`Estimate.as_scheduled`). Two bounds stand beside it: nothing hides, or all
+collectives do. Copies between memories are taken to be hidden. Of the branches
+of a conditional the longest counts, of those that are not said to be rare.
 
 Collectives on a torus, V bytes being the whole array and n the dimensions of
 the torus that a group spans, each with links in both directions at W bytes a
@@ -81,10 +83,15 @@ class Part:
   opcode: str
   trips: int
   seconds: float  # of all trips
-  source: str  # estimate, schedule, bytes, link
+  source: str  # estimate, schedule, bytes, link, wait
   bytes: int = 0  # of a collective's array, or of what `bytes` is by; of a trip
   op_name: str = ""
   group: tuple[int, ...] = ()  # of a collective: devices, in the mesh's order
+  # Collectives by their channels: one that starts here and is waited for later,
+  # those that are fused into this compute, or one that is waited for.
+  starts: int | None = None
+  carries: tuple[int, ...] = ()
+  waits: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,6 +116,25 @@ class Estimate:
   def without_overlap(self) -> float:
     """One after the other."""
     return self.seconds()
+
+  @property
+  def as_scheduled(self) -> float:
+    """Collectives beside the compute that they are fused into, as it stands."""
+    remaining: dict[int, float] = {}
+    total = 0.0
+    for part in self.parts:
+      if part.starts is not None:
+        remaining[part.starts] = part.seconds
+        continue
+      total += part.seconds
+      free = part.seconds
+      for channel in part.carries:
+        hidden = min(free, remaining.get(channel, 0.0))
+        free -= hidden
+        remaining[channel] = remaining.get(channel, 0.0) - hidden
+      if part.waits is not None:
+        total += remaining.pop(part.waits, 0.0)
+    return total + math.fsum(remaining.values())
 
   @property
   def with_full_overlap(self) -> float:
@@ -193,7 +219,7 @@ _ARRAY = re.compile(r"(?P<dtype>[a-z]+[0-9]*(?:e\d\w*)?)\[(?P<dims>[0-9,]*)\]")
 # In the place of an estimate where the compiler has none.
 _NO_ESTIMATE = 2**62
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_BODY = re.compile(r'"body":"([^"]*)"')
+_BODY = re.compile(r'"body": ?"([^"]*)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _BITS = re.compile(r"\d+")
 
@@ -215,6 +241,10 @@ class _Program:
       assigned = _ASSIGNMENT.match(line)
       if assigned is not None:
         inside.append(_instruction(assigned["name"], line[assigned.end() :]))
+
+  def called(self, fusion: _Instruction) -> list[_Instruction]:
+    """What a fusion is made of."""
+    return self.computations.get(_called(fusion, "calls") or "", [])
 
 
 def _whole_lines(text: str) -> Iterator[str]:
@@ -353,20 +383,24 @@ class _Reader:
     self.unknown_loops: list[str] = []
 
   def _with_twins(self, kernel_cycles: Mapping[str, int]) -> dict[str, int]:
-    bodies = {
-      one.name: found[1]
-      for instructions in self.program.computations.values()
-      for one in instructions
-      if (found := _BODY.search(one.rest)) is not None
-    }
+    bodies = {}
+    for instructions in self.program.computations.values():
+      for one in instructions:
+        fused = one.opcode == "fusion"
+        # With the steps of a collective it is another program.
+        for kernel in self.program.called(one) if fused else [one]:
+          found = _BODY.search(kernel.rest)
+          if found is not None:
+            bodies[one.name] = found[1], fused
     of_body = {
       body: kernel_cycles[name]
       for name, body in bodies.items()
       if name in kernel_cycles
     }
-    return {
+    twins = {
       name: of_body[body] for name, body in bodies.items() if body in of_body
     }
+    return dict(kernel_cycles) | twins
 
   def computation(self, name: str, *, trips: int) -> Iterator[Part]:
     """The parts of a computation that runs `trips` times."""
@@ -394,8 +428,61 @@ class _Reader:
       yield from self.computation(called, trips=trips)
     elif opcode.removesuffix("-start") in _COLLECTIVES:
       yield self._collective(one, shapes, trips=trips)
+    elif opcode == "fusion" and (inside := self._collectives_in(one)):
+      yield self._beside(one, inside, shapes, trips=trips)
     else:
       yield self._compute(one, shapes, trips=trips)
+
+  def _collectives_in(self, one: _Instruction) -> list[_Instruction]:
+    """Of a fusion: those that start, go on or end in it."""
+    return [
+      each for each in self.program.called(one) if each.opcode in _COLLECTIVES
+    ]
+
+  def _beside(
+    self,
+    one: _Instruction,
+    collectives: list[_Instruction],
+    shapes: Mapping[str, str],
+    *,
+    trips: int,
+  ) -> Part:
+    """A fusion in which collectives start, are waited for, or go on."""
+    instructions = self.program.called(one)
+    targets = {_target(each) for each in instructions}
+    channels = [_channel(each) for each in collectives]
+    if _STARTS in targets:
+      inside = {each.name: each.shape for each in instructions}
+      part = self._collective(collectives[0], inside, trips=trips)
+      return dataclasses.replace(part, starts=channels[0])
+    if _WAITS in targets:
+      return Part(
+        name=one.name,
+        opcode="wait",
+        trips=trips,
+        seconds=0.0,
+        source="wait",
+        waits=channels[0],
+      )
+    kernels = [each for each in instructions if _is_kernel(each)]
+    if not kernels:
+      part = self._compute(one, shapes, trips=trips)
+      return dataclasses.replace(part, carries=tuple(channels))
+    # Compiled with the collective's steps, in the name of the fusion.
+    known = self.kernel_cycles.get(one.name)
+    if known is None:
+      known = self.kernel_cycles.get(kernels[0].name)
+    if known is None:
+      self.unknown_kernels.append(one.name)
+    return Part(
+      name=one.name,
+      opcode=kernels[0].opcode,
+      trips=trips,
+      seconds=trips * (known or 0) / self.chip.cycles,
+      source="schedule",
+      op_name=_op_name(one),
+      carries=tuple(channels),
+    )
 
   def _longest(self, one: _Instruction, *, trips: int) -> list[Part]:
     branches = re.search(r"branch_computations=\{([^}]*)\}", one.rest)
@@ -483,8 +570,7 @@ class _Reader:
   ) -> Part:
     cycles = _CYCLES.search(one.rest)
     size, source = 0, "estimate"
-    is_kernel = one.opcode == "custom-call" and "tpu_custom_call" in one.rest
-    if is_kernel:
+    if _is_kernel(one):
       source = "schedule"
       known = self.kernel_cycles.get(one.name)
       if known is None:
@@ -508,6 +594,42 @@ class _Reader:
       bytes=size,
       op_name=_op_name(one),
     )
+
+
+# Of a fusion that has a collective start, and of one that waits for it.
+_STARTS, _WAITS = "AsyncCollectiveStart", "AsyncCollectiveDone"
+_KERNEL = "tpu_custom_call"
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+
+
+def kernel_names(text: str) -> set[str]:
+  """The instructions of a program, fusions among them, with Pallas kernels."""
+  program = _Program(text)
+  return {
+    one.name
+    for instructions in program.computations.values()
+    for one in instructions
+    if _is_kernel(one)
+    or (one.opcode == "fusion" and any(map(_is_kernel, program.called(one))))
+  }
+
+
+def _is_kernel(one: _Instruction) -> bool:
+  return _target(one) == _KERNEL
+
+
+def _target(one: _Instruction) -> str | None:
+  if one.opcode != "custom-call":
+    return None
+  found = _TARGET.search(one.rest)
+  return None if found is None else found[1]
+
+
+def _channel(one: _Instruction) -> int:
+  found = _CHANNEL.search(one.rest)
+  assert found is not None, one
+  return int(found[1])
 
 
 def _op_name(one: _Instruction) -> str:

@@ -10,7 +10,8 @@ the program, are a clock without noise:
 
 What it does not see: waiting for memory where copies are not hidden behind
 compute, collectives, and which side of a branch is taken, so that both count
-(`Kernel.branches` says how much that is). A loop whose trips do not stand in
+(`Kernel.branches` says how much that is; who knows better says so, by `Taken`).
+A loop whose trips do not stand in
 the code counts once, and is named in `Kernel.unknown_loops`. What is the same
 is compiled, and counted, once, however often it is called.
 
@@ -33,13 +34,15 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
+
+from aquila_jax.planning import tpu_program
 
 _FLAGS = (
   "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
@@ -91,6 +94,10 @@ class Loop:
   # Where a grid has a dimension whose size the program computes, all others.
   known_trips: int = 1
 
+  def holds(self, branch: Branch) -> bool:
+    """Whether a branch is inside of it."""
+    return self.start <= branch.start and branch.end <= self.end
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Branch:
@@ -106,6 +113,14 @@ class Branch:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Taken:
+  """In what share of its steps a kernel takes its branches."""
+
+  computing: float = 1.0  # with matrix instructions
+  others: float = 1.0  # without any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernel:
   """A fusion, or a Pallas kernel, of a compiled program."""
 
@@ -117,7 +132,7 @@ class Kernel:
   branches: tuple[Branch, ...] = ()  # in the order of the code
   products: tuple[int, ...] = ()  # matrix instructions of every bundle
 
-  def cycles_of(self, dynamic_trips: int) -> int:
+  def cycles_of(self, dynamic_trips: int, *, taken: Taken | None = None) -> int:
     """As `cycles`, which of a kernel that multiplies tiles can be known better.
 
     Of innermost branches with matrix instructions one is taken in a step (with
@@ -127,28 +142,46 @@ class Kernel:
 
     Args:
       dynamic_trips: of a grid's dimension whose size the program computes.
+      taken: how often branches are; None is in every step.
 
     Returns:
       The cycles.
     """
+    taken = taken or Taken()
     cycles = self.cycles
     for loop in self.loops:
       if loop.depth != 1:
         continue
-      computing = [
-        b for b in self.computing if loop.start <= b.start and b.end <= loop.end
-      ]
+      computing = [b for b in self.computing if loop.holds(b)]
+      others = [b for b in self.without_products if loop.holds(b)]
       trips = loop.trips or dynamic_trips * loop.known_trips
-      bundles = loop.end - loop.start
       longest = max((b.bundles for b in computing), default=0)
-      bundles -= sum(b.bundles for b in computing) - longest
+      bundles = loop.end - loop.start + taken.computing * longest
+      bundles -= sum(b.bundles for b in computing)
+      bundles -= (1 - taken.others) * sum(b.bundles for b in others)
       issued = max(
-        (sum(self.products[b.start : b.end]) for b in computing),
+        (
+          taken.computing * sum(self.products[b.start : b.end])
+          for b in computing
+        ),
         default=sum(self.products[loop.start : loop.end]),
       )
       counted = (loop.end - loop.start) * (loop.trips or 1)
-      cycles += trips * max(bundles, PRODUCT_CYCLES * issued) - counted
+      step = max(bundles, PRODUCT_CYCLES * issued)
+      cycles += round(trips * step) - counted
     return cycles
+
+  @property
+  def without_products(self) -> list[Branch]:
+    """The branches without matrix instructions that are not inside others."""
+    idle = [b for b in self.branches if not sum(self.products[b.start : b.end])]
+    return [
+      a
+      for a in idle
+      if not any(
+        a is not b and b.start <= a.start and a.end <= b.end for b in idle
+      )
+    ]
 
   @property
   def computing(self) -> list[Branch]:
@@ -266,14 +299,28 @@ class Clock:
     jitted = jax.jit(function, in_shardings=place, out_shardings=place)
     return self.compile(jitted.trace(*shapes).lower())
 
-  def compile(self, lowered: jax.stages.Lowered) -> Schedule:
-    """Compiles what was lowered for devices of this topology, and reads it."""
+  def compile(
+    self, lowered: jax.stages.Lowered, *, pallas_only: bool = False
+  ) -> Schedule:
+    """Compiles what was lowered for devices of this topology, and reads it.
+
+    Args:
+      lowered: the program.
+      pallas_only: leaves out the fusions of XLA, of which a large program has
+        hundreds, each with bundles to be read.
+
+    Returns:
+      The schedule.
+    """
     with tempfile.TemporaryDirectory(dir=self.folder) as report:
       options = dict(xla_dump_to=report, xla_dump_hlo_as_text=True)
-      with self.recording() as kernels:
-        compiled = lowered.compile(compiler_options=options)
+      self._forget()
+      compiled = lowered.compile(compiler_options=options)
+      names = None
+      if pallas_only:
+        names = tpu_program.kernel_names(compiled.as_text() or "")
       return Schedule(
-        kernels=tuple(kernels),
+        kernels=tuple(read(self.folder, names)),
         compiled=compiled,
         total_bytes=total_bytes(pathlib.Path(report)),
       )
@@ -281,11 +328,15 @@ class Clock:
   @contextlib.contextmanager
   def recording(self) -> Iterator[list[Kernel]]:
     """The kernels of what is compiled within, at the end of it."""
-    for file in self.folder.glob("*.txt"):
-      file.unlink()
+    self._forget()
     kernels: list[Kernel] = []
     yield kernels
     kernels += read(self.folder)
+
+  def _forget(self) -> None:
+    """Of what was compiled before."""
+    for file in self.folder.glob("*.txt"):
+      file.unlink()
 
 
 def _links(topology: str) -> dict[str, Any]:
@@ -303,12 +354,22 @@ def _links(topology: str) -> dict[str, Any]:
   return {}
 
 
-def read(folder: pathlib.Path) -> list[Kernel]:
-  """The kernels whose bundles the compiler has written to `folder`."""
+def read(
+  folder: pathlib.Path, names: Container[str] | None = None
+) -> list[Kernel]:
+  """The kernels whose bundles the compiler has written to `folder`.
+
+  Args:
+    folder: of files.
+    names: of those that are wanted; None is all.
+
+  Returns:
+    The kernels, in the order in which they were compiled.
+  """
   kernels = []
   for file in sorted(folder.iterdir()):
     name = _kernel_of(file)
-    if name is not None:
+    if name is not None and (names is None or name in names):
       text = file.read_text(encoding="utf-8", errors="replace")
       kernels.append(parse(text, name=name))
   return kernels

@@ -99,6 +99,7 @@ def test_json_has_what_the_table_has():
   assert said["memory"]["total"] == 73
   assert (said["num_microbatches"], said["remat"]) == (2, "full")
   assert said["seconds"]["without_overlap"] == 4
+  assert said["seconds"]["as_scheduled"] == 4
   assert said["seconds"]["with_full_overlap"] == 3
   assert said["seconds"]["flops_at_published_rate"] == pytest.approx(1)
   assert said["days"] == pytest.approx(100)
@@ -109,7 +110,9 @@ def test_json_has_what_the_table_has():
     "8 of TPU v5, mesh data 2, fsdp 2, expert 2, tensor 1",
     "fits yes",
     "nothing beside anything 4.000",
+    "as it is scheduled 4.000",
     "MFU, without overlap 25.0%",
+    "MFU, as it is scheduled 25.0%",
     "days for 2,160 billion 100.0",
     "all-gather fsdp 3 0.00 1.000",
   ):

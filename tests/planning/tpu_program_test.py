@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from aquila_jax.planning.tpu_program import Chip, estimate
+from aquila_jax.planning.tpu_program import Chip, estimate, kernel_names
 
 # A cycle is a second, and so is a byte of memory; a dimension of the torus
 # takes two bytes a second.
@@ -149,3 +149,103 @@ def test_chips_by_the_names_of_jax():
   assert Chip.of("TPU v5").flops == 4.59e14
   with pytest.raises(KeyError):
     Chip.of("TPU v1")
+
+
+def _fusion(name: str, *lines: str) -> str:
+  return "\n".join((f"%{name} (p: f32[8]) -> f32[64] {{", *lines, "}", ""))
+
+
+_GATHER = (
+  "  %gather.{0} = f32[64] all-gather(%p), channel_id={0},"
+  " replica_groups={{{{0,1,2,3,4,5,6,7}}}}, dimensions={{0}}"
+)
+# Two that start, one after the other: the first goes on in a product and in a
+# kernel, the second in the same kernel; the third is never waited for.
+OVERLAPPED = "HloModule jit_step, is_scheduled=true\n\n" + "\n".join(
+  (
+    *(
+      _fusion(
+        f"start.{channel}",
+        "  %p = f32[8] parameter(0)",
+        _GATHER.format(channel),
+        f"  ROOT %s.{channel} = f32[64] custom-call(%gather.{channel}),"
+        ' custom_call_target="AsyncCollectiveStart"',
+      )
+      for channel in (3, 4, 5)
+    ),
+    *(
+      _fusion(
+        f"done.{channel}",
+        "  %p = f32[8] parameter(0)",
+        _GATHER.format(channel),
+        f"  ROOT %d.{channel} = f32[64] custom-call(%p, %gather.{channel}),"
+        ' custom_call_target="AsyncCollectiveDone"',
+      )
+      for channel in (3, 4)
+    ),
+    _fusion(
+      "product",
+      "  %p = f32[8] parameter(0)",
+      _GATHER.format(3),
+      "  ROOT %dot = f32[8] convolution(%p, %p)",
+    ),
+    _fusion(
+      "both",
+      "  %p = f32[8] parameter(0)",
+      _GATHER.format(3),
+      _GATHER.format(4),
+      '  ROOT %kernel.1 = f32[8] custom-call(%p), custom_call_target="tpu_custom'
+      '_call", backend_config={"custom_call_config": {"body": "TUx(("}}',
+    ),
+    "ENTRY %main (a: f32[8]) -> f32[8] {",
+    "  %a = f32[8]{0} parameter(0)",
+    *(
+      f"  %s.{channel} = f32[64] fusion(%a), kind=kCustom,"
+      f" calls=%start.{channel}"
+      for channel in (3, 4, 5)
+    ),
+    "  %f.1 = f32[8] fusion(%a), kind=kOutput, calls=%product,"
+    ' backend_config={"window_config":{"estimated_cycles":"20"}}',
+    "  %f.2 = f32[8] fusion(%a), kind=kCustom, calls=%both",
+    "  %f.3 = f32[64] fusion(%a), kind=kCustom, calls=%done.3",
+    "  %f.4 = f32[64] fusion(%a), kind=kCustom, calls=%done.4",
+    "  ROOT %add = f32[8]{0} add(%a, %a), backend_config="
+    '{"window_config":{"estimated_cycles":"100"}}',
+    "}",
+    "",
+  )
+)
+
+
+def test_collectives_hide_behind_what_they_are_fused_into():
+  found = estimate(
+    OVERLAPPED,
+    chip=CHIP,
+    coordinates=TORUS,
+    kernel_cycles={"kernel.1": 999, "f.2": 30},
+  )
+  link = 256 / 6  # 42.7
+  assert found.unknown_kernels == ()
+  # By the name of the fusion, with whose steps it is compiled.
+  assert found.seconds("schedule") == 30
+  assert found.seconds("estimate") == 120
+  assert found.collectives() == {"all-gather": (3, 3 * 256, 3 * link)}
+  assert found.without_overlap == pytest.approx(150 + 3 * link)
+  # 20 s of the first beside the product and 22.7 beside the kernel, whose other
+  # 7.3 the second has; nothing beside what they are not fused into.
+  assert found.as_scheduled == pytest.approx(150 + 3 * link - 20 - 30)
+  assert kernel_names(OVERLAPPED) == {"kernel.1", "f.2"}
+
+
+def test_a_kernel_that_was_not_read_by_its_fusion_is_by_its_own_name():
+  found = estimate(
+    OVERLAPPED, chip=CHIP, coordinates=TORUS, kernel_cycles={"kernel.1": 40}
+  )
+  assert found.seconds("schedule") == 40
+  nothing = estimate(OVERLAPPED, chip=CHIP, coordinates=TORUS)
+  assert nothing.unknown_kernels == ("f.2",)
+
+
+def test_what_starts_and_ends_at_once_hides_nothing():
+  found = _estimate(kernel_cycles={"kernel.1": 11})
+  assert found.as_scheduled == pytest.approx(found.without_overlap)

@@ -125,6 +125,20 @@ def test_one_of_the_branches_that_multiply_is_taken():
   assert _tiles(trips=None).cycles_of(7) == 4 + 3 * 7 * 8
 
 
+@pytest.mark.parametrize(
+  ("taken", "step"),
+  [
+    (tpu_schedule.Taken(), 8),
+    # 3 bundles of the longer one that computes; 2 around, and 3 without.
+    (tpu_schedule.Taken(computing=0.5), 8 - 1.5),
+    (tpu_schedule.Taken(others=0.25), 8 - 0.75 * 4),
+    (tpu_schedule.Taken(computing=0.0, others=0.0), 1),
+  ],
+)
+def test_branches_count_as_often_as_they_are_taken(taken, step):
+  assert _tiles(trips=10).cycles_of(99, taken=taken) == 4 + 10 * step
+
+
 def test_a_step_takes_as_long_as_its_matrix_instructions():
   kernel = dataclasses.replace(
     _tiles(trips=5), products=(0, 0, 0, 2, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0)

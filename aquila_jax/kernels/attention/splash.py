@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from aquila_jax.core import token_order
 from aquila_jax.kernels.attention.mesh_axes import UNDIVIDED, MeshAxes, parts
@@ -36,7 +37,7 @@ def check(query: Float[Array, "B T K G H"], *, mesh_axes: MeshAxes) -> None:
     NotImplementedError: with the reason, where it cannot.
   """
   batch_size, length, num_kv_heads = query.shape[:3]
-  multiple = _LANES * _num_chunks(mesh_axes)
+  multiple = _LANES * _chunks_of(parts(mesh_axes.tokens))
   if length % multiple:
     raise NotImplementedError(
       f"splash needs T to be a multiple of {multiple}; T={length}"
@@ -62,9 +63,8 @@ def check(query: Float[Array, "B T K G H"], *, mesh_axes: MeshAxes) -> None:
       )
 
 
-def _num_chunks(mesh_axes: MeshAxes) -> int:
-  """Pieces of consecutive tokens that a row is cut into."""
-  num_parts = parts(mesh_axes.tokens)
+def _chunks_of(num_parts: int) -> int:
+  """Pieces of consecutive tokens that a row on so many devices is cut into."""
   return 2 * num_parts if num_parts > 1 else 1
 
 
@@ -96,8 +96,7 @@ def causal_attention(
   axes = mesh_axes.of(mesh)
   kernel = _kernel(
     query,
-    axes,
-    num_chunks=_num_chunks(axes),
+    num_parts=parts(axes.tokens),
     window=window,
     interpret=interpret,
   )
@@ -120,11 +119,36 @@ def causal_attention(
   return call(kernel, query, key, value, segments)
 
 
-def _kernel(
-  query: Float[Array, "B T K G H"],
-  axes: MeshAxes,
+def computed_share(
+  length: int,
   *,
-  num_chunks: int,
+  head_dim: int,
+  dtype: DTypeLike,
+  num_parts: int = 1,
+  window: int | None = None,
+) -> float:
+  """Of the blocks that the kernel goes over, those in which it computes.
+
+  Args:
+    length: T, of a row.
+    head_dim: H.
+    dtype: of the queries.
+    num_parts: devices over which a row lies.
+    window: as in causal_attention.
+
+  Returns:
+    A share; of a long causal row about a half.
+  """
+  query = jax.ShapeDtypeStruct((1, length, 1, 1, head_dim), dtype)
+  kernel = _kernel(query, num_parts=num_parts, window=window, interpret=False)
+  blocks = kernel.fwd_mask_info.block_mask
+  return 1.0 if blocks is None else float(np.mean(np.asarray(blocks) != 0))
+
+
+def _kernel(
+  query: jax.Array | jax.ShapeDtypeStruct,
+  *,
+  num_parts: int,
   window: int | None,
   interpret: bool,
 ) -> Any:
@@ -134,6 +158,7 @@ def _kernel(
   of the blocks that are skipped, every device gets its own part.
   """
   length, _, group_size, head_dim = query.shape[1:]
+  num_chunks = _chunks_of(num_parts)
   is_narrow = head_dim * query.dtype.itemsize <= _NARROW
   largest = _BLOCK if is_narrow else _SMALLER_BLOCK
   block_q = math.gcd(length // num_chunks, largest)
@@ -157,7 +182,7 @@ def _kernel(
       block_kv_dq=block_kv,
     ),
     head_shards=1,
-    q_seq_shards=parts(axes.tokens),
+    q_seq_shards=num_parts,
     interpret=interpret,
   )
 

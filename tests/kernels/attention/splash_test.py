@@ -149,3 +149,26 @@ def test_what_it_cannot_do_is_refused(query, on_mesh, reason):
 def test_one_device_needs_no_mesh(monkeypatch):
   monkeypatch.setattr(jax, "device_count", lambda: 1)
   splash.check(_query(), mesh_axes=UNDIVIDED)
+
+
+@pytest.mark.parametrize(
+  ("length", "num_parts", "window", "share"),
+  [
+    # 4 x 4 blocks of 1,024, of which 6 lie above the diagonal.
+    (4096, 1, None, 10 / 16),
+    # A row of chunks of 512 on 4 devices: 8 x 4 blocks, and 4 + 8 + 8 are met.
+    (4096, 4, None, 20 / 32),
+    (1024, 1, None, 1.0),
+    # Two blocks a query block, but one for the first.
+    (4096, 1, 1024, 7 / 8),
+  ],
+)
+def test_share_of_blocks_that_are_computed(length, num_parts, window, share):
+  found = splash.computed_share(
+    length,
+    head_dim=128,
+    dtype=jnp.bfloat16,
+    num_parts=num_parts,
+    window=window,
+  )
+  assert found == share
