@@ -80,8 +80,12 @@ def _estimate_of(row: Row) -> QuickPlan:
     Pod.of(row["topology"]),
   )
   config = dataclasses.replace(_experiment(row["stage"]).mesh, **row["mesh"])
+  options = dict(row.get("options", {}))
+  of_experts, moe = options.pop("moe", {}), one.model.moe
+  if moe is not None:
+    moe = dataclasses.replace(moe, **of_experts)
   step = Step(
-    model=one.model,
+    model=dataclasses.replace(one.model, **options, moe=moe),
     train=dataclasses.replace(
       one.train, num_microbatches=row["num_microbatches"]
     ),

@@ -85,6 +85,7 @@ def plan_step(
     tokens=tokens,
     num_microbatches=stage.train.num_microbatches,
     remat=stage.model.remat,
+    options=_options(stage.model),
     flops=flops / len(clock.devices),
     memory=_memory(program, schedule, kind),
     estimate=estimate,
@@ -94,6 +95,15 @@ def plan_step(
     compile_s=time.perf_counter() - started,
     message=message,
   )
+
+
+def _options(model: ModelConfig) -> dict[str, Any]:
+  options: dict[str, Any] = dict(head_chunks=model.head_chunks)
+  if model.moe is not None:
+    options["moe"] = dict(
+      exchange=model.moe.exchange, buffer_factor=model.moe.buffer_factor
+    )
+  return options
 
 
 def lowered_step(

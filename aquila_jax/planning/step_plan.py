@@ -71,6 +71,7 @@ class StepPlan:
     tokens: of a step, on all devices.
     num_microbatches: that they are in.
     remat: of the model.
+    options: of the model, other fields that change no result but what it takes.
     flops: of a step on one device, what the model needs (planning/counting.py).
     memory: of one device.
     estimate: of the program; None where it does not fit.
@@ -92,6 +93,7 @@ class StepPlan:
   collectives: tuple[Collectives, ...] = ()
   compile_s: float = 0.0
   message: str = ""
+  options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def num_devices(self) -> int:
@@ -147,6 +149,7 @@ class StepPlan:
       tokens_per_step=self.tokens,
       num_microbatches=self.num_microbatches,
       remat=self.remat,
+      options=self.options,
       flops_per_device=self.flops,
       seconds=time,
       mfu=self.mfu,

@@ -40,7 +40,7 @@ def test_a_mixture_over_experts(tmp_path):
   assert done.returncode == 0, done.stderr
   said = json.loads(output.read_text())
   assert said["fits"]
-  assert said["mesh"] == dict(data=2, fsdp=1, expert=2, tensor=1)
+  assert said["mesh"] == dict(data=2, fsdp=1, expert=2, sequence=1, tensor=1)
   kinds = {(one["kind"], *one["axes"]) for one in said["collectives"]}
   assert ("ragged-all-to-all", "expert") in kinds
   # The exact way in its place is not counted.
