@@ -95,7 +95,8 @@ def _estimate_of(row: Row) -> QuickPlan:
 
 
 def _key(row: Row) -> tuple[Any, ...]:
-  return row["stage"], row["topology"], tuple(row["mesh"].items())
+  divided = tuple((axis, n) for axis, n in row["mesh"].items() if n > 1)
+  return row["stage"], row["topology"], divided
 
 
 def _known(kind: str, files: list[str]) -> dict[tuple[Any, ...], Row]:
