@@ -291,10 +291,30 @@ class Step:
     assert model.moe is not None
     width = self._ffn_width()
     kernel = self._local_experts() * model.embed_dim * width * c
-    rows = self.rows()
-    # Gate and up, and the gradients of both, which one kernel makes.
-    kernels = (4 + self._are_kernels_copied()) * kernel
-    return kernels + 3 * rows * width * c + 2 * rows * model.embed_dim * c
+    token, rows = model.embed_dim * c, self.rows()
+    devices = self.mesh.shape.get("expert", 1)
+    # Gate and up, and the gradients of both, which one kernel makes; of all
+    # three where a conditional has them in and out.
+    count = 6 if devices > 1 else 4 + self._are_kernels_copied()
+    # What is gathered, and its gradient; where gates weigh here, weighed too.
+    moved = 4 if self.weighs_here else 2
+    everyone = 0
+    if devices > 1 and model.moe.exchange == "all_gather":
+      # Tokens of all, what comes of them, and the gradients of both.
+      everyone = 4 * devices * self.tokens * token
+    layer = count * kernel + 3 * rows * width * c
+    return layer + moved * rows * token + everyone
+
+  @property
+  def weighs_here(self) -> bool:
+    """Whether experts know the gates of their rows, of a mixture.
+
+    Then the last product is not computed again (layers/moe/mixture.py).
+    """
+    moe = self.model.moe
+    if moe is None or moe.choice != "token":
+      return False
+    return self.mesh.shape.get("expert", 1) == 1 or moe.exchange == "all_gather"
 
   def _are_kernels_copied(self) -> bool:
     return any(

@@ -26,15 +26,17 @@ from aquila_jax.sharding.rules import GATHERED
 
 # Of the published rate, what a step without links gets of it, by compiled steps
 # of AquilaMoE-8x16B; that of v5e is between the two.
-RATES = {"TPU v5 lite": 0.75, "TPU v5": 0.84, "TPU v6 lite": 0.52}
+RATES = {"TPU v5 lite": 0.75, "TPU v5": 0.84, "TPU v6 lite": 0.65}
 # Rows of a tile of the experts' kernels, one of which experts share.
 _TILE_ROWS = 512
 # What a number of the state has read and written in an update, in float32:
 # parameter, both moments and gradient, of which all but the last are written.
 _UPDATE_BYTES = 7 * 4
-# For a move of rows, of their buffer, as compiled steps have it: on v5p and v6e
-# 38 and 56 times its bytes.
-_EXCHANGE_BYTES = 45
+# For a move of rows to experts, of their buffer, as compiled steps have it: by
+# ragged exchanges zeros and copies, on v5p and v6e 38 and 56 times its bytes; by
+# an all-gather what gathers and sums over the tokens of all.
+_EXCHANGE_BYTES = {"all_gather": 6}
+_RAGGED_BYTES = 45
 # Of a number of gradients, added to a sum.
 _SUM_BYTES = 3 * 4
 
@@ -92,11 +94,13 @@ def _flops(step: Step) -> tuple[float, float]:
   parts = {name: part.forward_flops for name, part in counted.parts.items()}
   body = counted.total.forward_flops - parts["lm_head"]
   experts = parts.get("experts", 0)
+  # Of three products of experts the last is not always computed again.
+  experts_again = experts * 2 / 3 if step.weighs_here else experts
   again = {
     "none": 0,
     # Kernels are no matrix products of which the policy knows.
-    "dots": parts["attention scores"] + experts,
-    "full": body,
+    "dots": parts["attention scores"] + experts_again,
+    "full": body - experts + experts_again,
   }[model.remat]
   passes = 3 + train.has_load_pass(model)
   # A tile in which experts meet is computed for each of them.
@@ -144,7 +148,9 @@ def _around_exchanges(step: Step) -> float:
   if not _moves(step):
     return 0.0
   buffer = step.rows() * step.model.embed_dim * step.compute_bytes
-  return float(_moves(step) * _EXCHANGE_BYTES * buffer)
+  assert step.model.moe is not None
+  each = _EXCHANGE_BYTES.get(step.model.moe.exchange or "", _RAGGED_BYTES)
+  return float(_moves(step) * each * buffer)
 
 
 def _copies(step: Step) -> float:

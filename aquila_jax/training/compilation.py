@@ -10,6 +10,7 @@ import jax
 from absl import logging
 from etils import epath
 
+from aquila_jax.kernels.expert_ffn.tpu_tiles import vector_memory
 from aquila_jax.kernels.target import target
 
 _CACHE_DIRECTORY = "~/.cache/aquila_jax/xla"
@@ -57,9 +58,14 @@ def overlap_options() -> dict[str, str] | None:
     Options of `jax.jit`; None where the platform that is compiled for (see
     kernels/target.py) has none.
   """
-  if target().platform != "tpu":
+  found = target()
+  if found.platform != "tpu":
     return None
-  return dict.fromkeys(_OVERLAP, "true")
+  # A kernel that a collective is fused into has no limit of its own any more,
+  # and the default is a quarter of what ours are planned with.
+  memory = vector_memory(found.device_kind) * 3 // 4
+  limit = {"xla_tpu_scoped_vmem_limit_kib": str(memory // 1024)}
+  return dict.fromkeys(_OVERLAP, "true") | limit
 
 
 def compile_step(jitted: Any, *arguments: Any) -> Any:

@@ -121,8 +121,15 @@ def test_experts_are_divided_and_have_room_for_more_rows():
   assert (whole.filled, divided.filled) == (1.0, 16 / 30)
   kernel = 4 * 8 * 16 * 2
   saved = whole.temporaries().layer - divided.temporaries().layer
-  # Two and their gradients, and a copy as two rows of a device fill no tile.
-  assert saved == 5 * kernel / 2 + (28 - 30) * (3 * 16 * 2 + 2 * 8 * 2)
+  # Two and their gradients, and a copy as two rows of a device fill no tile;
+  # of half the experts all three and theirs. Rows that are moved are there
+  # twice, and twice more where they are weighed.
+  assert saved == (
+    5 * kernel
+    - 6 * kernel / 2
+    + 28 * (3 * 16 * 2 + 4 * 8 * 2)
+    - 30 * (3 * 16 * 2 + 2 * 8 * 2)
+  )
 
 
 def test_rows_that_fill_no_tile_are_copied():

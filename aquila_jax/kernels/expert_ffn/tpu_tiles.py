@@ -26,6 +26,11 @@ _MEMORY = {
 _LEAST_MEMORY = 16 * _MIB
 
 
+def vector_memory(device_kind: str) -> int:
+  """Bytes of a core; of kinds that are not known, what all have at least."""
+  return _MEMORY.get(device_kind, _LEAST_MEMORY)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
   """What a kernel is compiled for."""
@@ -41,7 +46,7 @@ class Chip:
     """A kind of device; others than those named have 16 MiB and one core."""
     return cls(
       num_cores=num_cores(device_kind),
-      memory=_MEMORY.get(device_kind, _LEAST_MEMORY),
+      memory=vector_memory(device_kind),
       **fields,
     )
 
