@@ -32,9 +32,9 @@ _TILE_ROWS = 512
 # What a number of the state has read and written in an update, in float32:
 # parameter, both moments and gradient, of which all but the last are written.
 _UPDATE_BYTES = 7 * 4
-# For a move of rows to experts, of their buffer, as compiled steps have it: by
-# ragged exchanges zeros and copies, on v5p and v6e 38 and 56 times its bytes; by
-# an all-gather what gathers and sums over the tokens of all.
+# For a move of rows to experts, times the bytes of their buffer, as compiled
+# steps have it: by a ragged exchange zeros and copies, 38 on v5p and 56 on v6e;
+# by an all-gather what gathers and sums over the tokens of all.
 _EXCHANGE_BYTES = {"all_gather": 6}
 _RAGGED_BYTES = 45
 # Of a number of gradients, added to a sum.
