@@ -13,16 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import AbstractMesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from aquila_jax.core import dtypes
 from aquila_jax.core.types import Leaf
 from aquila_jax.layers.linear import project
-from aquila_jax.sharding.mesh import SEQUENCE_AXIS
-from aquila_jax.sharding.rules import gathered_here, spec_of
-from aquila_jax.sharding.sequence import row_axes
+from aquila_jax.sharding.rules import compute_spec, gathered_here, spec_of
 
 
 class TargetScores(struct.PyTreeNode):
@@ -81,13 +77,11 @@ def in_chunks(
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size <= 1:
-    return _scores(_divisor(x.shape[1], num_chunks), x, kernel, targets)
+    return _scores(num_chunks, x, kernel, targets)
   kernel_spec = spec_of(("embed", "vocab"), kernel.shape, mesh=mesh)
-  tokens, parts = _token_spec(mesh, x.shape[:2])
+  tokens = compute_spec(("row", "token"), x.shape[:2], mesh=mesh)
   on_device: Any = functools.partial(
-    _on_device,
-    kernel_spec=kernel_spec,
-    num_chunks=_divisor(x.shape[1] // parts, num_chunks),
+    _on_device, kernel_spec=kernel_spec, num_chunks=num_chunks
   )
   return jax.shard_map(
     on_device,
@@ -96,15 +90,6 @@ def in_chunks(
     out_specs=tokens,
     check_vma=False,  # scores are the same along `tensor`, which no type says
   )(x, kernel, targets)
-
-
-def _token_spec(mesh: AbstractMesh, shape: tuple[int, ...]) -> tuple[Any, int]:
-  """How tokens [B T] lie on a mesh, and over how many devices a row does."""
-  parts = mesh.shape.get(SEQUENCE_AXIS, 1)
-  divides = parts > 1 and shape[1] % parts == 0
-  axes: Any = row_axes(mesh, shape[0])
-  spec: Any = P(axes, SEQUENCE_AXIS if divides else None)
-  return spec, parts if divides else 1
 
 
 def _divisor(length: int, most: int) -> int:
@@ -145,10 +130,11 @@ def _logits(x: Float[Array, "B T D"], kernel: Float[Array, "D V"]) -> jax.Array:
 
 
 def _cut(tree: Any, num_chunks: int) -> Any:
-  """Parts of rows in front: (B, n T, ...) -> (n, B, T, ...)."""
+  """So many parts of rows at most, in front: (B, n T, _) -> (n, B, T, _)."""
 
   def one(leaf):
-    shape = (leaf.shape[0], num_chunks, -1, *leaf.shape[2:])
+    parts = _divisor(leaf.shape[1], num_chunks)
+    shape = (leaf.shape[0], parts, -1, *leaf.shape[2:])
     return jnp.swapaxes(leaf.reshape(shape), 0, 1)
 
   return jax.tree.map(one, tree)

@@ -154,16 +154,19 @@ def constrained(x: jax.Array, *names: str) -> jax.Array:
   Returns:
     The same values.
   """
+  return _laid(x, lambda mesh: compute_spec(names, x.shape, mesh=mesh))
 
-  def spec(mesh):
-    entries = []
-    for name, size in zip(names, x.shape, strict=True):
-      taken = tuple(axis for axis in COMPUTE[name] if axis in mesh.shape)
-      parts = math.prod(mesh.shape[axis] for axis in taken)
-      entries.append(taken if size % parts == 0 else None)
-    return PartitionSpec(*entries)
 
-  return _laid(x, spec)
+def compute_spec(
+  names: Sequence[str], shape: Sequence[int], *, mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+  """Where an activation lies, by the table COMPUTE, as in `constrained`."""
+  entries = []
+  for name, size in zip(names, shape, strict=True):
+    taken = tuple(axis for axis in COMPUTE[name] if axis in mesh.shape)
+    parts = math.prod(mesh.shape[axis] for axis in taken)
+    entries.append(taken if size % parts == 0 else None)
+  return PartitionSpec(*entries)
 
 
 def gathered(kernel: jax.Array, names: Sequence[str]) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from aquila_jax.kernels.expert_ffn.tpu_tiles import vector_memory
+from aquila_jax.kernels.expert_ffn.tpu_tiles import planned, vector_memory
 from aquila_jax.kernels.target import target
 
 _CACHE_DIRECTORY = "~/.cache/aquila_jax/xla"
@@ -62,8 +62,8 @@ def overlap_options() -> dict[str, str] | None:
   if found.platform != "tpu":
     return None
   # A kernel that a collective is fused into has no limit of its own any more,
-  # and the default is a quarter of what ours are planned with.
-  memory = vector_memory(found.device_kind) * 3 // 4
+  # and the default is a third of what ours are planned with.
+  memory = planned(vector_memory(found.device_kind))
   limit = {"xla_tpu_scoped_vmem_limit_kib": str(memory // 1024)}
   return dict.fromkeys(_OVERLAP, "true") | limit
 

@@ -119,6 +119,7 @@ def causal_attention(
   return call(kernel, query, key, value, segments)
 
 
+@functools.cache
 def computed_share(
   length: int,
   *,

@@ -151,11 +151,11 @@ def _varying(leaf: jax.Array) -> frozenset:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _expert_ffn(chip, rows, kernels, group_rows):
-  return _outputs(chip, rows, kernels, group_rows, keep=False)[0]
+  return outputs(chip, rows, kernels, group_rows, keep=False)[0]
 
 
 def _forward(chip, rows, kernels, group_rows):
-  out, g, u = _outputs(chip, rows, kernels, group_rows, keep=True)
+  out, g, u = outputs(chip, rows, kernels, group_rows, keep=True)
   return out, (rows, kernels, group_rows, g, u)
 
 
@@ -196,30 +196,6 @@ _expert_ffn.defvjp(_forward, _backward)
 
 # Rows whose outputs are weighed, for a layer that has a better way for the
 # gradients of weights than to compute the outputs again.
-
-
-def outputs(
-  chip: Chip,
-  rows: Float[Array, "R D"],
-  kernels: Kernels,
-  group_rows: Int[Array, "E"],
-  *,
-  keep: bool,
-) -> tuple[Float[Array, "R _"], ...]:
-  """The outputs of rows, and x gate and x up, which `weighted_gradients` wants.
-
-  Args:
-    chip: of `chip_of`.
-    rows: in groups, one an expert, one behind the other.
-    kernels: of the experts.
-    group_rows: of the groups.
-    keep: whether anything is kept.
-
-  Returns:
-    Outputs, zeros behind the groups; and the two that are kept, [R F].
-  """
-  out, *kept = _outputs(chip, rows, kernels, group_rows, keep=keep)
-  return (out, *kept) if keep else (out,)
 
 
 def weighted_gradients(
@@ -281,10 +257,27 @@ def _visits(rows, group_rows, *, chip: Chip, outer: bool = False) -> Visits:
   )
 
 
-def _outputs(chip, rows, kernels, group_rows, *, keep: bool):
-  """The outputs, and where they are kept x gate and x up.
+def outputs(
+  chip: Chip,
+  rows: Float[Array, "R D"],
+  kernels: Kernels,
+  group_rows: Int[Array, "E"],
+  *,
+  keep: bool,
+) -> tuple[Float[Array, "R _"], ...]:
+  """The outputs of rows, and x gate and x up, which `weighted_gradients` wants.
 
   In one visit where a core has all of an expert: hidden units stay there.
+
+  Args:
+    chip: of `chip_of`.
+    rows: in groups, one an expert, one behind the other.
+    kernels: of the experts.
+    group_rows: of the groups.
+    keep: whether anything is kept.
+
+  Returns:
+    Outputs, zeros behind the groups; and the two that are kept, [R F].
   """
   gate, up, down = kernels
   visits = _visits(rows, group_rows, chip=chip)

@@ -31,6 +31,11 @@ def vector_memory(device_kind: str) -> int:
   return _MEMORY.get(device_kind, _LEAST_MEMORY)
 
 
+def planned(memory: int) -> int:
+  """Of a core's bytes, those that tiles, which are an estimate, may take."""
+  return memory * 3 // 4
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
   """What a kernel is compiled for."""
@@ -53,7 +58,7 @@ class Chip:
   @property
   def budget(self) -> int:
     """Bytes that are planned with: what tiles hold is an estimate."""
-    return self.memory * 3 // 4
+    return planned(self.memory)
 
 
 def _sizes(length: int) -> list[int]:
