@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from aquila_jax.core import dtypes
 from aquila_jax.core.types import Leaf
+from aquila_jax.layers.gathering import gathered_here
 from aquila_jax.layers.linear import project
-from aquila_jax.sharding.rules import compute_spec, gathered_here, spec_of
+from aquila_jax.sharding.rules import compute_spec, spec_of
 
 
 class TargetScores(struct.PyTreeNode):

@@ -188,24 +188,6 @@ def gathered(kernel: jax.Array, names: Sequence[str]) -> jax.Array:
   )
 
 
-def gathered_here(kernel: jax.Array, spec: PartitionSpec) -> jax.Array:
-  """In shard_map: a part of a kernel, with the rows of the other devices.
-
-  Args:
-    kernel: what this device has of a leaf.
-    spec: how the leaf is divided.
-
-  Returns:
-    What it computes with.
-  """
-  for i, entry in enumerate(spec):
-    entries = entry if isinstance(entry, tuple) else (entry,)
-    parts = tuple(axis for axis in entries if axis in GATHERED)
-    if parts:
-      kernel = jax.lax.all_gather(kernel, parts, axis=i, tiled=True)
-  return kernel
-
-
 def _laid(
   x: jax.Array, spec: Callable[[AbstractMesh], PartitionSpec]
 ) -> jax.Array:

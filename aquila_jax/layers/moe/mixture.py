@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 
 from aquila_jax.core.model_config import MoeConfig
 from aquila_jax.layers.feed_forward import KERNEL_AXES
+from aquila_jax.layers.gathering import gathered_here
 from aquila_jax.layers.moe import expert_parallel
 from aquila_jax.layers.moe.dispatch import (
   Dispatch,
@@ -37,7 +38,7 @@ from aquila_jax.layers.moe.expert_choice import ExpertChoice
 from aquila_jax.layers.moe.losses import RoutingSums
 from aquila_jax.layers.moe.router import Affinity
 from aquila_jax.sharding.mesh import SEQUENCE_AXIS
-from aquila_jax.sharding.rules import gathered_here, spec_of
+from aquila_jax.sharding.rules import spec_of
 from aquila_jax.sharding.sequence import row_axes
 
 Kernels = tuple[jax.Array, jax.Array, jax.Array]  # gate, up, down
