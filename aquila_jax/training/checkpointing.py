@@ -96,6 +96,10 @@ _BEFORE: dict[str, Any] = {
 
 JsonDict = dict[str, Any]
 
+# What a second Ctrl-C left while it was saving, by directory: in a notebook the
+# process lives on, and the cell is run again.
+_left: dict[str, Checkpoints] = {}
+
 
 class Checkpoints:
   """The checkpoints of one stage, newest and best. A context manager.
@@ -115,6 +119,9 @@ class Checkpoints:
     self._is_checked = True  # the save of that step
     self._remover: threading.Thread | None = None
     self._barrier = _SaveBarrier()
+    left = _left.pop(os.fspath(directory), None)
+    if left is not None:
+      left._finish_late()
     if processes.is_first():
       directory.mkdir(parents=True, exist_ok=True)
       _remove_unfinished(directory)
@@ -330,9 +337,21 @@ class Checkpoints:
       kind, errors.TrainingStopped | Interrupted
     )
     if not at_once and (is_known or not processes.are_several()):
-      self.wait()
-      self._join_remover()
-      self._manager.close()
+      self._close()
+    else:
+      _left[os.fspath(self.directory)] = self
+
+  def _close(self) -> None:
+    self.wait()
+    self._join_remover()
+    self._manager.close()
+
+  def _finish_late(self) -> None:
+    """Ends what writes to the directory still."""
+    try:
+      self._close()
+    except Exception as error:
+      logging.warning("%s: a save has failed late: %s", self.directory, error)
 
 
 class _SaveBarrier:

@@ -434,3 +434,46 @@ def test_kill_9_leaves_whole_steps_and_the_next_start_cleans_up(directory):
     restored, progress = saved.restore(_abstract(state), config={"train": {}})
   jax.tree.map(np.testing.assert_array_equal, restored, state)
   assert progress == {"n": 1}
+
+
+def test_a_save_that_a_second_ctrl_c_left_running_is_waited_for(
+  directory, config, monkeypatch
+):
+  """In a notebook, where the process lives on."""
+  write = Checkpoints._write_manifest
+
+  def slowly(saved):
+    time.sleep(0.5)
+    write(saved)
+
+  monkeypatch.setattr(Checkpoints, "_write_manifest", slowly)
+  with pytest.raises(KeyboardInterrupt):
+    with Checkpoints(directory, config=CheckpointConfig()) as saved:
+      _save(saved, 1, config)
+      raise KeyboardInterrupt
+  state = _state(1.0)
+  with Checkpoints(directory, config=CheckpointConfig()) as saved:
+    restored, _ = saved.restore(_abstract(state), config=config)
+  jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+def test_a_save_that_fails_after_its_run_is_left_alone(
+  directory, config, monkeypatch, caplog
+):
+  def fail(saved):
+    del saved
+    time.sleep(0.2)
+    raise OSError("gone")
+
+  with Checkpoints(directory, config=CheckpointConfig()) as saved:
+    _save(saved, 1, config)
+  with monkeypatch.context() as patch:
+    patch.setattr(Checkpoints, "_write_manifest", fail)
+    with pytest.raises(KeyboardInterrupt):
+      with Checkpoints(directory, config=CheckpointConfig()) as saved:
+        _save(saved, 2, config)
+        raise KeyboardInterrupt
+    # It ends while the next one begins.
+    with Checkpoints(directory, config=CheckpointConfig()) as saved:
+      assert saved.latest_step == 1
+  assert "a save has failed late: " in caplog.text
