@@ -8,26 +8,15 @@ from __future__ import annotations
 
 import gc
 import os
-from importlib import metadata
 
-# Before jax is imported. Nearly all the time of the tests is compilation of
-# programs that run for microseconds, so the compiler is told to be brief.
-# Sharding is tested on 8 simulated devices.
+from tests import brief
+
+# Before jax is imported. Sharding is tested on 8 simulated devices.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
   [
-    *(
-      ["--xla_backend_optimization_level=0"]
-      if os.environ["JAX_PLATFORMS"] == "cpu"
-      else []
-    ),
-    # A flag that XLA does not know ends the process: a later jaxlib, which may
-    # have dropped this one, does without it and takes longer.
-    "--xla_cpu_use_fusion_emitters=false"
-    if metadata.version("jaxlib").startswith("0.10.")
-    else "",
+    brief.with_devices(8) if os.environ["JAX_PLATFORMS"] == "cpu" else "",
     os.environ.get("XLA_FLAGS", ""),
-    "--xla_force_host_platform_device_count=8",
   ]
 )
 # Several processes share an accelerator.
@@ -77,3 +66,36 @@ def rare_collections():
   yield
   gc.set_threshold(*before)
   gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def steps_built_once():
+  """A step is traced and compiled for the first of equal jobs only.
+
+  For tests that start a job again and again; what it does is not compiling.
+  """
+  from aquila_jax.training import loop, replay
+
+  build, built = loop.build_step, {}
+
+  def build_once(job):
+    fields = (
+      job.model,
+      job.train,
+      job.mesh,
+      job.total_steps,
+      len(job.input.languages),
+      job.seed,
+      job.trained_steps,
+      job.config_path,
+    )
+    if job.copies is not None or job.new_indices is not None:
+      return build(job)
+    if fields not in built:
+      built[fields] = build(job)
+    return built[fields]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "build_step", build_once)
+    patch.setattr(replay, "build_step", build_once)
+    yield

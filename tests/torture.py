@@ -37,9 +37,7 @@ def main() -> None:
 
 
 def _torture(folder: pathlib.Path, kills: int, moments: random.Random) -> None:
-  commands = Commands(
-    folder / "xla", XLA_FLAGS="--xla_backend_optimization_level=0"
-  )
+  commands = Commands(folder / "xla")
   unbroken, broken = folder / "unbroken", folder / "broken"
   _run(commands, unbroken, None)  # fills the cache of programs
   shutil.rmtree(unbroken)

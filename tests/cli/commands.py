@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from tests import brief
 from tests.cli import forked
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -43,7 +44,11 @@ class Commands:
 
   def __init__(self, cache: pathlib.Path, **environment: str):
     mine = {k: v for k, v in os.environ.items() if k not in _NOT_OURS}
-    mine |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    mine |= {
+      "JAX_PLATFORMS": "cpu",
+      "JAX_COMPILATION_CACHE_DIR": str(cache),
+      "XLA_FLAGS": brief.XLA_FLAGS,
+    }
     self._cache = cache
     self._environment = mine | environment
 

@@ -21,14 +21,6 @@ def commands(tmp_path_factory) -> Commands:
 
 
 @pytest.fixture(scope="session")
-def quick(commands) -> Commands:
-  """For whole trainings: less time for the compiler, not other programs."""
-  return commands.with_environment(
-    XLA_FLAGS="--xla_backend_optimization_level=0"
-  )
-
-
-@pytest.fixture(scope="session")
 def data(tmp_path_factory) -> pathlib.Path:
   """Prepared data of the smoke config."""
   path = tmp_path_factory.mktemp("cli") / "data"

@@ -7,6 +7,7 @@ from typing import Any
 
 from aquila_jax.generation.generate import generate, text_model
 from aquila_jax.generation.sampling import Sampling
+from tests import brief
 from tests.cli import tiny
 from tests.cli.commands import succeeded
 
@@ -43,9 +44,7 @@ def test_it_writes_the_text_of_the_library(commands, dense):
 def test_a_model_over_several_devices_says_the_same(commands, dense):
   command = ("generate", f"--model={dense}", "--max_new_tokens=16")
   greedy = (*command, f"--prompt={PROMPT}", "--temperature=0")
-  several = commands.with_environment(
-    XLA_FLAGS="--xla_force_host_platform_device_count=4"
-  )
+  several = commands.with_environment(XLA_FLAGS=brief.with_devices(4))
   expected, *found = map(
     succeeded,
     several.run_all(

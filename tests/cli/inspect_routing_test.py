@@ -12,6 +12,7 @@ import pytest
 from aquila_jax.core.lineage import Event, Lineage
 from aquila_jax.core.model_config import MoeConfig
 from aquila_jax.core.model_dir import StoredModel, read_tokenizer
+from tests import brief
 from tests.cli import tiny
 from tests.cli.commands import ROOT, names, succeeded
 from tests.evaluation.parsed_page import Page
@@ -58,10 +59,10 @@ def mixture(dense) -> pathlib.Path:
   return path
 
 
-def test_it_writes_a_page_and_the_numbers(quick, mixture, data, tmp_path):
+def test_it_writes_a_page_and_the_numbers(commands, mixture, data, tmp_path):
   page = tmp_path / "new" / "page.html"
   found = succeeded(
-    quick.run(
+    commands.run(
       "inspect_routing",
       f"--model={mixture}",
       f"--data={data}",
@@ -177,7 +178,7 @@ def test_mistakes_are_refused_and_bytes_are_read(
   process = subprocess.run(
     [sys.executable, "-c", _MANY, json.dumps([*cases.values(), good])],
     cwd=ROOT,
-    env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+    env=os.environ | {"XLA_FLAGS": brief.XLA_FLAGS},
     capture_output=True,
     text=True,
     check=True,

@@ -30,6 +30,7 @@ from aquila_jax.sharding.mesh import make_mesh
 from aquila_jax.training.checkpointing import Checkpoints
 from aquila_jax.training.metrics import read_rows
 from aquila_jax.training.program import make_program
+from tests import brief
 from tests.cli.commands import SMOKE, Commands, Ended, ended, names, succeeded
 
 STEPS, BATCH_SIZE, SEQUENCE_LENGTH = 24, 8, 32
@@ -94,17 +95,14 @@ class Job:
       time.sleep(0.01)
 
 
-def _with_devices(quick: Commands, number: int) -> Commands:
-  return quick.with_environment(
-    XLA_FLAGS="--xla_backend_optimization_level=0"
-    f" --xla_force_host_platform_device_count={number}"
-  )
+def _with_devices(commands: Commands, number: int) -> Commands:
+  return commands.with_environment(XLA_FLAGS=brief.with_devices(number))
 
 
-def _start(quick: Commands, number: int, command: tuple[str, ...]) -> Job:
+def _start(commands: Commands, number: int, command: tuple[str, ...]) -> Job:
   """`number` processes of one device each."""
   coordinator = f"localhost:{_free_port()}"
-  one = _with_devices(quick, 1)
+  one = _with_devices(commands, 1)
   flags = (
     f"--coordinator={coordinator}",
     f"--num_processes={number}",
@@ -132,19 +130,19 @@ def _losses(path: pathlib.Path) -> tuple[list[int], list[float]]:
 
 
 @pytest.fixture(scope="module")
-def whole(quick, data, tmp_path_factory) -> pathlib.Path:
+def whole(commands, data, tmp_path_factory) -> pathlib.Path:
   """A run that nothing happened to, of one process with two devices."""
   workdir = tmp_path_factory.mktemp("processes") / "whole"
-  succeeded(_with_devices(quick, 2).run(*_command(data, workdir)))
+  succeeded(_with_devices(commands, 2).run(*_command(data, workdir)))
   return workdir
 
 
 def test_two_processes_are_one_with_two_devices_and_stop_and_go_on_as_it_does(
-  quick, data, whole, tmp_path
+  commands, data, whole, tmp_path
 ):
   """To the bits: a sum of two is the same in either order."""
   run = tmp_path / "run"
-  job = _start(quick, 2, _command(data, run))
+  job = _start(commands, 2, _command(data, run))
   job.await_file(run / "checkpoints" / "4")
   job.processes[1].send_signal(signal.SIGTERM)
   first, second = job.ended()
@@ -158,7 +156,7 @@ def test_two_processes_are_one_with_two_devices_and_stop_and_go_on_as_it_does(
   assert second.last_line == f"aquila_jax: process 1: {end}"
   assert 4 <= int(step) < STEPS
 
-  job = _start(quick, 2, _command(data, run))
+  job = _start(commands, 2, _command(data, run))
   first, second = map(succeeded, job.ended())
   assert f"dense: going on from step {step}" in first.err.splitlines()
   assert first.out.splitlines()[-1] == f"MODEL: {run / 'model'}"
@@ -189,10 +187,10 @@ class Killed:
 
 
 @pytest.fixture(scope="module")
-def killed(quick, data, tmp_path_factory) -> Killed:
+def killed(commands, data, tmp_path_factory) -> Killed:
   workdir = tmp_path_factory.mktemp("processes") / "four"
   command = _command(data, workdir, *MESH, UNVALIDATED)
-  job = _start(quick, 4, command)
+  job = _start(commands, 4, command)
   job.await_file(workdir / "checkpoints" / "8")
   started = time.perf_counter()
   job.processes[1].kill()
@@ -289,12 +287,12 @@ def _like_of(directory: pathlib.Path):
   ],
 )
 def test_what_four_processes_began_one_ends_on_another_mesh(
-  quick, data, whole, killed, tmp_path, number, mesh
+  commands, data, whole, killed, tmp_path, number, mesh
 ):
   run = tmp_path / "run"
   shutil.copytree(killed.workdir, run)
   command = _command(data, run, *mesh.split())
-  one = succeeded(_with_devices(quick, number).run(*command))
+  one = succeeded(_with_devices(commands, number).run(*command))
   step = _newest(killed).name
   assert f"dense: going on from step {step}" in one.err.splitlines()
   steps, found = _losses(run / "metrics.jsonl")
@@ -312,9 +310,9 @@ def test_what_four_processes_began_one_ends_on_another_mesh(
   assert positions[0]["data_state"]["rows"] == STEPS * BATCH_SIZE
 
 
-def test_a_full_disk_of_one_process_ends_both_with_4(quick, data, tmp_path):
+def test_a_full_disk_of_one_process_ends_both_with_4(commands, data, tmp_path):
   run = tmp_path / "run"
-  job = _start(quick, 2, _command(data, run, UNVALIDATED))
+  job = _start(commands, 2, _command(data, run, UNVALIDATED))
   # No file of the second may be larger than that.
   resource.prlimit(job.processes[1].pid, resource.RLIMIT_FSIZE, (100, 100))
   first, second = job.ended()
@@ -328,13 +326,13 @@ def test_a_full_disk_of_one_process_ends_both_with_4(quick, data, tmp_path):
   assert not (run / "checkpoints" / "4").exists()
 
 
-def test_who_cannot_come_together_is_told_so_in_time(quick, data, tmp_path):
+def test_who_cannot_come_together_is_told_so_in_time(commands, data, tmp_path):
   address = f"localhost:{_free_port()}"
   flags = (f"--coordinator={address}", "--num_processes=2")
   command = _command(data, tmp_path / "run", *flags, "--join_timeout_s=2")
   with socket.create_server(("", 0)) as server:
     taken = server.getsockname()[1]
-    found = quick.run_all(
+    found = commands.run_all(
       [
         (*command, "--process_id=1"),
         (
@@ -354,7 +352,7 @@ def test_who_cannot_come_together_is_told_so_in_time(quick, data, tmp_path):
     f"aquila_jax: --coordinator=localhost:{taken}: process 0 cannot listen on"
     f" port {taken}: {os.strerror(errno.EADDRINUSE)}\n"
   )
-  with quick.start(*command, "--process_id=0") as process:
+  with commands.start(*command, "--process_id=0") as process:
     alone = ended(process)
   assert alone.code == 2
   assert alone.last_line == (

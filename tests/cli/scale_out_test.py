@@ -63,7 +63,7 @@ def test_it_writes_what_the_library_grows(commands, dense, tmp_path):
   assert names(tmp_path) == ["grown", "reset", "some"]
 
 
-def test_there_and_back_again(quick, dense, tmp_path):
+def test_there_and_back_again(commands, dense, tmp_path):
   """Cut into shards, checked, made larger, and merged."""
   text = tmp_path / "text"
   text.write_text("The river rose in the night. 春天来了。" * 20, "utf-8")
@@ -81,7 +81,7 @@ def test_there_and_back_again(quick, dense, tmp_path):
     "--check_tokens=40",
     "--seed=3",
   )
-  dry, written = quick.run_all(
+  dry, written = commands.run_all(
     [(*command, "--dry_run"), (*command, f"--output={cut}")]
   )
   succeeded(dry)
@@ -98,7 +98,7 @@ def test_there_and_back_again(quick, dense, tmp_path):
   check = growth["check"]
   assert check["largest_difference"] < 1e-5 * check["largest_logit"]
   grow = ("scale_out", f"--source={cut}")
-  grown, mean = quick.run_all(
+  grown, mean = commands.run_all(
     [
       # Twice the experts, of which a token meets twice as many.
       (*grow, "--check", f"--output={larger}"),
@@ -129,10 +129,10 @@ def test_there_and_back_again(quick, dense, tmp_path):
   assert names(tmp_path) == ["cut", "larger", "text"]
 
 
-def test_layers_without_experts_keep_their_width(quick, dense, tmp_path):
+def test_layers_without_experts_keep_their_width(commands, dense, tmp_path):
   """Shards of every second layer; twice as many; smaller ones; one FFN."""
   cut, larger, finer = (tmp_path / name for name in ("cut", "larger", "finer"))
-  one = quick.run(
+  one = commands.run(
     "scale_out",
     f"--source={dense}",
     f"--output={cut}",
@@ -167,7 +167,7 @@ def test_layers_without_experts_keep_their_width(quick, dense, tmp_path):
   check = _growth(found)["check"]
   assert check["largest_difference"] < 1e-5 * check["largest_logit"]
   again = ("scale_out", f"--source={cut}", "--check", "--check_tokens=40")
-  grown, smaller, mean, other = quick.run_all(
+  grown, smaller, mean, other = commands.run_all(
     [
       (*again, f"--output={larger}"),
       (

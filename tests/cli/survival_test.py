@@ -40,10 +40,10 @@ def _command(data: pathlib.Path, workdir: pathlib.Path) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def whole(quick: Commands, data, tmp_path_factory) -> pathlib.Path:
+def whole(commands: Commands, data, tmp_path_factory) -> pathlib.Path:
   """A run that nothing happened to, with the checkpoints 2, 4, 6, 8."""
   workdir = tmp_path_factory.mktemp("survival") / "whole"
-  succeeded(quick.run(*_command(data, workdir)))
+  succeeded(commands.run(*_command(data, workdir)))
   assert names(workdir / "checkpoints") == ["2", "4", "6", "8"]
   return workdir
 
@@ -87,13 +87,13 @@ def _assert_same_run(
 
 
 def test_damaged_checkpoints_are_passed_over_to_the_bits_of_a_whole_run(
-  quick, data, whole, tmp_path
+  commands, data, whole, tmp_path
 ):
   run = _before_its_end(whole, tmp_path / "run")
   _truncate(_table(run, 8))
   _table(run, 6).unlink()
   _flip(_table(run, 4))
-  one = succeeded(quick.run(*_command(data, run)))
+  one = succeeded(commands.run(*_command(data, run)))
   size = _table(whole, 8).stat().st_size
   aside = "; the checkpoint is passed over, and moved to"
   table = "state/params.embedding.table/c/0/0"
@@ -125,7 +125,7 @@ def test_damaged_checkpoints_are_passed_over_to_the_bits_of_a_whole_run(
 
 
 def test_without_a_whole_checkpoint_it_ends_with_2_and_touches_nothing(
-  quick, data, whole, tmp_path
+  commands, data, whole, tmp_path
 ):
   run = _before_its_end(whole, tmp_path / "run")
   for step in (4, 6):
@@ -134,7 +134,7 @@ def test_without_a_whole_checkpoint_it_ends_with_2_and_touches_nothing(
   (run / "checkpoints/2/MANIFEST.json").unlink()
   before = sorted(run.rglob("*"))
   for _ in range(2):
-    one = quick.run(*_command(data, run))
+    one = commands.run(*_command(data, run))
     assert (one.code, one.out) == (2, "")
     assert one.last_line == (
       f"aquila_jax: {run}/checkpoints: no checkpoint is whole:"
@@ -146,15 +146,15 @@ def test_without_a_whole_checkpoint_it_ends_with_2_and_touches_nothing(
 
 
 def test_a_second_run_is_refused_and_a_killed_one_does_not_block_a_watched_one(
-  quick, data, whole, tmp_path
+  commands, data, whole, tmp_path
 ):
   run = _before_its_end(whole, tmp_path / "run")
-  with quick.start(*_command(data, run)) as first:
+  with commands.start(*_command(data, run)) as first:
     while not (run / "lock").exists() or not (run / "lock").read_bytes():
       assert first.poll() is None, first.communicate()
       time.sleep(0.005)
     first.send_signal(signal.SIGSTOP)
-    quick.assert_refused(
+    commands.assert_refused(
       {
         "a second run": (
           _command(data, run),
@@ -167,7 +167,7 @@ def test_a_second_run_is_refused_and_a_killed_one_does_not_block_a_watched_one(
   assert (run / "lock").exists()
   # Watched so closely that every step takes too long.
   watch = "--config.stages.dense.train.watchdog_s=0.001"
-  watched = succeeded(quick.run(*_command(data, run), watch))
+  watched = succeeded(commands.run(*_command(data, run), watch))
   assert "\nno step for 0.001 s; the run goes on; its threads:\n" in watched.err
   assert f'{os.sep}training{os.sep}loop.py", line' in watched.err
   assert not (run / "lock").exists()
@@ -176,7 +176,7 @@ def test_a_second_run_is_refused_and_a_killed_one_does_not_block_a_watched_one(
 
 
 def test_a_full_disk_ends_with_4_and_the_checkpoint_before_stands(
-  quick, data, whole, tmp_path
+  commands, data, whole, tmp_path
 ):
   run = _before_its_end(whole, tmp_path / "run")
   for step in (4, 6, 8):
@@ -184,7 +184,7 @@ def test_a_full_disk_ends_with_4_and_the_checkpoint_before_stands(
   limit = _table(whole, 8).stat().st_size - 1
   # So that step 4 was to replace step 2.
   keep = "--config.stages.dense.train.checkpoint.keep_last=1"
-  with quick.start(*_command(data, run), keep) as process:
+  with commands.start(*_command(data, run), keep) as process:
     # No file may be larger than that: what a full disk is to a test.
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
     one = ended(process)

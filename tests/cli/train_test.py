@@ -20,11 +20,11 @@ SHORT = (
 )
 
 
-def test_it_goes_on_from_a_model(quick, dense, data, tmp_path):
+def test_it_goes_on_from_a_model(commands, dense, data, tmp_path):
   workdir = tmp_path / "run"
   command = ("train", *SHORT, f"--config.data.prepared={data}")
   command += (f"--workdir={workdir}", f"--init_from={dense}")
-  trained = succeeded(quick.run(*command, "--profile_steps=1,2"))
+  trained = succeeded(commands.run(*command, "--profile_steps=1,2"))
   assert trained.out == f"MODEL: {workdir}/model\n"
   lines = trained.err.splitlines()
   assert "dense: 31.0K to 31.0K parameters, 3 steps, 1.5K tokens" in lines
@@ -48,8 +48,8 @@ def test_it_goes_on_from_a_model(quick, dense, data, tmp_path):
 
   # Once more: there is nothing to do, and nothing is done.
   stamps = {p: p.stat().st_mtime_ns for p in (workdir / "model").rglob("*")}
-  again = quick.run(*command)
-  other = quick.run(*command, "--config.stages.dense.train.batch_size=4")
+  again = commands.run(*command)
+  other = commands.run(*command, "--config.stages.dense.train.batch_size=4")
   assert (again.code, again.out) == (0, trained.out)
   assert again.err == "dense: done\n"
   assert (other.code, other.out) == (2, "")
@@ -64,12 +64,12 @@ def test_it_goes_on_from_a_model(quick, dense, data, tmp_path):
 
 
 def test_optimizer_state_is_neither_needed_nor_kept(
-  quick, dense, data, tmp_path
+  commands, dense, data, tmp_path
 ):
   lean, workdir = tmp_path / "lean", tmp_path / "run"
   tiny.save(lean, dataclasses.replace(tiny.load(dense), moments=None))
   trained = succeeded(
-    quick.run(
+    commands.run(
       "train",
       *SHORT,
       f"--config.data.prepared={data}",

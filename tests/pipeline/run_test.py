@@ -17,6 +17,8 @@ from aquila_jax.training import loop
 from aquila_jax.training.metrics import read_rows
 from tests.growth.tiny import arrays
 
+pytestmark = pytest.mark.usefixtures("steps_built_once")
+
 STAGES = ("dense", "scale_up", "scale_out", "control")
 # Of a row, what is measured with a clock.
 _TIMES = {"wall_s", "tokens_per_s", "mfu", "data_wait_share"}

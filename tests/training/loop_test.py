@@ -27,6 +27,8 @@ from aquila_jax.training.loop import train
 from aquila_jax.training.metrics import read_rows
 from aquila_jax.training.state import InitialModel
 
+pytestmark = pytest.mark.usefixtures("steps_built_once")
+
 # Of a row, what is measured with a clock.
 _TIMES = {"wall_s", "tokens_per_s", "mfu", "data_wait_share"}
 

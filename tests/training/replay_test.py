@@ -13,6 +13,8 @@ from aquila_jax.training.loop import train
 from aquila_jax.training.metrics import read_rows
 from aquila_jax.training.replay import replay
 
+pytestmark = pytest.mark.usefixtures("steps_built_once")
+
 
 @pytest.fixture(scope="module")
 def job(tiny, tmp_path_factory):

@@ -21,6 +21,8 @@ from aquila_jax.training import state as state_lib
 from aquila_jax.training.loop import train
 from aquila_jax.training.metrics import read_rows
 
+pytestmark = pytest.mark.usefixtures("steps_built_once")
+
 
 def _judge(recent, loss, norm, *, finite=True, **fields):
   defaults: dict[str, Any] = dict(spike="skip", window=8, sigmas=3.0)
