@@ -26,6 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aquila_jax.core import axes
 from aquila_jax.core.model_config import AttentionImplementation, ModelConfig
+from aquila_jax.layers import rotary
 from aquila_jax.layers.attention import Attention
 from benchmarks import gpu_clock
 
@@ -75,8 +76,9 @@ def _compiled(
   layer = Attention(config)
 
   def loss(params, x, positions, segments):
+    tables = rotary.tables_of(config, positions)
     out, _ = layer.apply(
-      {"params": params}, x, positions=positions, segments=segments
+      {"params": params}, x, tables=tables, segments=segments
     )
     return jnp.sum(jnp.square(out.astype(jnp.float32)))
 
@@ -90,7 +92,7 @@ def _compiled(
   numbers = shaped((1, length), jnp.int32)
   boxed = jax.eval_shape(
     lambda key, x, numbers: layer.init(
-      key, x, positions=numbers, segments=numbers
+      key, x, tables=rotary.tables_of(config, numbers), segments=numbers
     ),
     jax.random.key(0),
     x,

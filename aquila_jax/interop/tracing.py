@@ -28,6 +28,7 @@ from jaxtyping import Array, Float
 
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.types import Params
+from aquila_jax.layers import rotary
 from aquila_jax.layers.embedding import Embedding, LMHead
 from aquila_jax.models import decoder_lm
 from aquila_jax.models.decoder_lm import Block
@@ -273,7 +274,7 @@ def _captured_block(
     {"params": params},
     x,
     None,
-    positions,
+    rotary.tables_of(config, positions),
     jnp.ones_like(positions),
     capture_intermediates=_is_part,
     mutable=["intermediates"],

@@ -87,14 +87,15 @@ class Attention(nn.Module):
     self,
     x: Float[Array, "B T D"],
     *,
-    positions: Int[Array, "B T"],
+    tables: rotary.Tables,
     segments: Int[Array, "B T"],
     cache: KVCache | None = None,
     head_mask: Float[Array, "K G"] | None = None,
   ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """Attends to the row itself, or to the cache with the row appended.
 
-    `head_mask` says how much each head counts; None is in full.
+    `tables` are those of the tokens' positions; `head_mask` says how much each
+    head counts, None that all do in full.
     """
     config = self.config
     query = self._project("query", x, head_axes=("kv_head", "q_per_kv"))
@@ -102,12 +103,6 @@ class Attention(nn.Module):
     value = self._project("value", x, head_axes=("kv_head",))
     if config.qk_norm:
       query, key = self._norm("query", query), self._norm("key", key)
-    tables = rotary.rotary_tables(
-      positions,
-      head_dim=config.head_dim,
-      theta=config.rope_theta,
-      scaling=config.rope_scaling,
-    )
     query, key = rotary.rotate(query, tables), rotary.rotate(key, tables)
     if cache is None:
       heads = api.causal_attention(

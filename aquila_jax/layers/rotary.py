@@ -12,6 +12,7 @@ from aquila_jax.core import dtypes
 from aquila_jax.core.model_config import (
   LinearRopeScaling,
   Llama3RopeScaling,
+  ModelConfig,
   RopeScaling,
 )
 
@@ -36,13 +37,27 @@ def frequency_divisors(
   return 1 / (kept + (1 - kept) / scaling.factor)
 
 
+# Cosines and sines.
+Tables = tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]
+
+
+def tables_of(config: ModelConfig, positions: Int[Array, "B T"]) -> Tables:
+  """Of a model; the same for all of its layers."""
+  return rotary_tables(
+    positions,
+    head_dim=config.head_dim,
+    theta=config.rope_theta,
+    scaling=config.rope_scaling,
+  )
+
+
 def rotary_tables(
   positions: Int[Array, "B T"],
   *,
   head_dim: int,
   theta: float,
   scaling: RopeScaling | None = None,
-) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
+) -> Tables:
   """Cosine and sine of position * theta^(-2i / H), float32, H2 = H / 2.
 
   Args:
@@ -63,7 +78,7 @@ def rotary_tables(
 
 def rotate(
   x: Float[Array, "B T *heads H"],
-  tables: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]],
+  tables: Tables,
 ) -> Float[Array, "B T *heads H"]:
   """Rotates each pair (x[i], x[i + H/2]) by its position's angle.
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from aquila_jax.core import axes
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.types import Leaf, Params, RoutingStats
-from aquila_jax.layers import target_scores
+from aquila_jax.layers import rotary, target_scores
 from aquila_jax.layers.attention import Attention, KVCache
 from aquila_jax.layers.embedding import Embedding, LMHead
 from aquila_jax.layers.feed_forward import FeedForward
@@ -98,7 +98,7 @@ class Block(nn.Module):
     self,
     x: Float[Array, "B T D"],
     cache: KVCache | None,
-    positions: Int[Array, "B T"],
+    tables: rotary.Tables,
     segments: Int[Array, "B T"],
     share: Float[Array, ""] | None = None,
     masks: Masks = NO_MASKS,
@@ -109,7 +109,7 @@ class Block(nn.Module):
       self.config,
       x,
       cache,
-      positions,
+      tables,
       segments,
       share,
       masks,
@@ -142,21 +142,22 @@ class FirstHalf(nn.Module):
     masks: Masks = NO_MASKS,
   ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
     """The residual, and what the FFN reads of it."""
+    tables = rotary.tables_of(self.config, positions)
     x, normed, _ = _first_half(
-      self.config, x, None, positions, segments, share, masks
+      self.config, x, None, tables, segments, share, masks
     )
     return x, normed
 
 
 def _first_half(
-  config, x, cache, positions, segments, share, masks, *, token_parts=1
+  config, x, cache, tables, segments, share, masks, *, token_parts=1
 ):
   """Attention and both norms; a part of the module that calls it."""
   attended, cache = Attention(
     config, token_parts=token_parts, name="attention"
   )(
     _norm(config, "attention_norm")(x, masks.embed),
-    positions=positions,
+    tables=tables,
     segments=segments,
     cache=cache,
     head_mask=masks.heads,
@@ -246,7 +247,8 @@ class DecoderLM(nn.Module):
     x, routing, cache = layers(
       x,
       cache,
-      positions=positions,
+      # Once for all layers, whose backward pass would compute them again.
+      tables=rotary.tables_of(config, positions),
       segments=segments,
       masks=masks,
       groups=groups,
@@ -290,7 +292,7 @@ class DecoderLM(nn.Module):
     x: Float[Array, "B T D"],
     cache: KVCache | None,
     *,
-    positions: Int[Array, "B T"],
+    tables: rotary.Tables,
     segments: Int[Array, "B T"],
     masks: Masks,
     groups: Float[Array, "B T I"] | None,
@@ -310,7 +312,7 @@ class DecoderLM(nn.Module):
       check_constancy_invariants=self._draws(),
     )(self.config, token_parts=token_parts, name="layers")
     x, (routing, cache) = layers(
-      x, cache, positions, segments, masks.layers, masks, groups
+      x, cache, tables, segments, masks.layers, masks, groups
     )
     return x, routing, cache
 
@@ -319,7 +321,7 @@ class DecoderLM(nn.Module):
     x: Float[Array, "B T D"],
     cache: KVCache | None,
     *,
-    positions: Int[Array, "B T"],
+    tables: rotary.Tables,
     segments: Int[Array, "B T"],
     masks: Masks,
     groups: Float[Array, "B T I"] | None,
@@ -332,14 +334,14 @@ class DecoderLM(nn.Module):
       initializing=self.is_initializing(),
       draws=self._draws(),
     )
-    return layers(x, cache, positions, segments, masks, groups)
+    return layers(x, cache, tables, segments, masks, groups)
 
   def _list(
     self,
     x: Float[Array, "B T D"],
     cache: ListedCache | None,
     *,
-    positions: Int[Array, "B T"],
+    tables: rotary.Tables,
     segments: Int[Array, "B T"],
     masks: Masks,
     groups: Float[Array, "B T I"] | None,
@@ -356,9 +358,7 @@ class DecoderLM(nn.Module):
         token_parts=token_parts,
         name=_layer_name(i),
       )
-      x, (routing, one) = layer(
-        x, one, positions, segments, share, masks, groups
-      )
+      x, (routing, one) = layer(x, one, tables, segments, share, masks, groups)
       if routing is not None:
         routings.append(routing)
       caches.append(one)

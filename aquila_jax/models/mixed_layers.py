@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 from aquila_jax.core.axes import Declared
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.core.types import RoutingStats
+from aquila_jax.layers import rotary
 from aquila_jax.layers.attention import KVCache
 from aquila_jax.layers.moe import router
 from aquila_jax.models import layer_runs
@@ -125,7 +126,7 @@ class _MixedLayers(nn.Module):
     self,
     x: Float[Array, "B T D"],
     cache: KVCache | None,
-    positions: Int[Array, "B T"],
+    tables: rotary.Tables,
     segments: Int[Array, "B T"],
     masks: Masks,
     groups: Float[Array, "B T I"] | None,
@@ -155,7 +156,7 @@ class _MixedLayers(nn.Module):
         name=layer_runs.run_name(r),
       )
       x, (routing, grown) = scanned(
-        x, rows(cache), positions, segments, rows(masks.layers), masks, groups
+        x, rows(cache), tables, segments, rows(masks.layers), masks, groups
       )
       routings.append(_flat(routing))
       caches.append(_flat(grown))
@@ -177,7 +178,7 @@ class _RunOfBlocks(nn.Module):
     self,
     x: Float[Array, "B T D"],
     caches: KVCache | None,
-    positions: Int[Array, "B T"],
+    tables: rotary.Tables,
     segments: Int[Array, "B T"],
     shares: Float[Array, "layers"] | None,
     masks: Masks,
@@ -194,7 +195,7 @@ class _RunOfBlocks(nn.Module):
       )
       cache, share = jax.tree.map(lambda leaf, i=i: leaf[i], (caches, shares))
       x, (routing, cache) = layer(
-        x, cache, positions, segments, share, masks, groups
+        x, cache, tables, segments, share, masks, groups
       )
       routings.append(routing)
       grown.append(cache)

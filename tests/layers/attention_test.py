@@ -69,7 +69,7 @@ def _layer(**fields):
     Attention(config).init(
       jax.random.key(0),
       x,
-      positions=jnp.asarray(POSITIONS),
+      tables=rotary.tables_of(config, jnp.asarray(POSITIONS)),
       segments=jnp.asarray(SEGMENTS),
     )
   )
@@ -84,7 +84,7 @@ def _run(config, params, x, *, segments, positions, cache=None) -> Any:
   return Attention(config).apply(
     {"params": params},
     x,
-    positions=jnp.asarray(positions),
+    tables=rotary.tables_of(config, jnp.asarray(positions)),
     segments=jnp.asarray(segments),
     cache=cache,
   )
@@ -343,7 +343,7 @@ def test_parameters_are_made_whatever_the_implementation():
   variables = Attention(config).init(
     jax.random.key(0),
     jnp.zeros((2, 8, 6)),
-    positions=jnp.asarray(POSITIONS),
+    tables=rotary.tables_of(config, jnp.asarray(POSITIONS)),
     segments=jnp.asarray(SEGMENTS),
   )
   assert set(variables["params"]) >= {"query_kernel", "out_kernel"}
