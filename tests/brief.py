@@ -24,6 +24,11 @@ XLA_FLAGS = " ".join(
 )
 
 
+def devices(number: int) -> str:
+  """The flag for so many simulated devices."""
+  return f"--xla_force_host_platform_device_count={number}"
+
+
 def with_devices(number: int) -> str:
-  """The flags, and so many simulated devices."""
-  return f"{XLA_FLAGS} --xla_force_host_platform_device_count={number}"
+  """All flags, and so many simulated devices."""
+  return f"{XLA_FLAGS} {devices(number)}"

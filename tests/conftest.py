@@ -15,8 +15,9 @@ from tests import brief
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
   [
-    brief.with_devices(8) if os.environ["JAX_PLATFORMS"] == "cpu" else "",
+    brief.XLA_FLAGS if os.environ["JAX_PLATFORMS"] == "cpu" else "",
     os.environ.get("XLA_FLAGS", ""),
+    brief.devices(8),
   ]
 )
 # Several processes share an accelerator.

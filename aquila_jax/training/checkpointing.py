@@ -338,7 +338,7 @@ class Checkpoints:
     )
     if not at_once and (is_known or not processes.are_several()):
       self._close()
-    else:
+    elif not processes.are_several():  # whom a save waits for at its end
       _left[os.fspath(self.directory)] = self
 
   def _close(self) -> None:

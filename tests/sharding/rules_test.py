@@ -46,7 +46,8 @@ SHARED = _config(
   sliding_window=5,
 )
 MIXED = _config(
-  moe=MoeConfig(num_experts=4, top_k=2, block_size=8, layers=(1,)),
+  num_layers=3,
+  moe=MoeConfig(num_experts=4, top_k=2, block_size=8, layers=(0, 2)),
   remat="full",
   head_chunks=4,
 )
