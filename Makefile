@@ -22,7 +22,7 @@ RUN := "$(BIN)" -m aquila_jax.cli.efficient_scale
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart smoke smollm2 smollm2-exact smollm2-trained \
-  reproduce-scale-up reproduce-scale-out test torture parity tpu gpu lint format typecheck clean
+  reproduce-scale-up reproduce-scale-out test test-long torture parity tpu gpu lint format typecheck clean
 
 help:
 	@echo "make quickstart   install, fetch the text, run EfficientScale, report"
@@ -31,7 +31,8 @@ help:
 	@echo "make reproduce-scale-up   AquilaMoE's losses after growth, in small:" \
 	  "hours"
 	@echo "make reproduce-scale-out  what upcycling buys, in small: hours"
-	@echo "make test         install and run every test"
+	@echo "make test         install and run the tests"
+	@echo "make test-long    the long ones: all rows of the large tables"
 	@echo "make torture      kill -9 a run KILLS=50 times: the bits of one never stopped"
 	@echo "make parity       our models against those of transformers, with torch"
 	@echo "make tpu          kernels through the TPU's compiler, which needs no TPU"
@@ -101,9 +102,13 @@ reproduce-scale-out: $(VENV)/installed
 	  --output=benchmarks/results/reproduce_scale_out.json \
 	  --page=docs/reproduce_scale_out.md
 
-test: $(VENV)/installed-test
+# The rest of the tables, and whole runs that are killed, are test-long's: what
+# `pytest.mark.long` and `mostly_long` say.
+test: TESTS := not long
+test-long: TESTS := long
+test test-long: $(VENV)/installed-test
 	@"$(BIN)" -m pytest -q -n "$(TEST_WORKERS)" --maxprocesses 8 \
-	  --dist worksteal $(PYTEST_FLAGS)
+	  --dist worksteal -m "$(TESTS)" $(PYTEST_FLAGS)
 
 # Not part of the tests: half an hour on 2 idle cores.
 torture: $(VENV)/installed-test

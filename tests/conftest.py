@@ -6,6 +6,7 @@ what needs 8 of them fails there, and float32 is computed in full.
 
 from __future__ import annotations
 
+import collections
 import gc
 import os
 
@@ -42,6 +43,24 @@ jax.config.update("jax_traceback_in_locations_limit", 0)
 
 # Shapes in annotations are checked at every call while tests run.
 install_import_hook("aquila_jax", "beartype.beartype")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+  """Of a table that is mostly long, every so many rows are not.
+
+  `@pytest.mark.mostly_long(one_in=3)` leaves rows 0, 3, 6... to `make test`; it
+  has no factor in common with the sizes of a product, so that what is left has
+  each value of each.
+  """
+  seen: collections.Counter[str] = collections.Counter()
+  for item in items:
+    table = item.get_closest_marker("mostly_long")
+    if table is not None:
+      function = item.nodeid.partition("[")[0]
+      if seen[function] % table.kwargs["one_in"]:
+        item.add_marker(pytest.mark.long)
+      seen[function] += 1
 
 
 @pytest.fixture(scope="session", autouse=True)

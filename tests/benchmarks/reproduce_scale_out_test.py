@@ -55,6 +55,7 @@ def _job(workdir: pathlib.Path, say) -> Job:
   )
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_and_does_nothing_twice(tmp_path):
   said: list[str] = []
 

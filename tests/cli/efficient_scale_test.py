@@ -8,6 +8,7 @@ import signal
 import time
 
 import numpy as np
+import pytest
 from etils import epath
 
 from aquila_jax.training.metrics import read_rows
@@ -49,6 +50,7 @@ def _stop(
   return one, max(_saved_steps(directory))
 
 
+@pytest.mark.long
 def test_stopped_in_every_stage_it_gives_the_bits_of_an_unbroken_run(
   commands, tmp_path
 ):

@@ -199,6 +199,7 @@ def killed(commands, data, tmp_path_factory) -> Killed:
   return Killed(workdir=workdir, ended=found, seconds=seconds)
 
 
+@pytest.mark.long
 def test_a_killed_process_ends_the_others_in_time_and_with_a_line(killed):
   first, second, *others = killed.ended
   assert second.code == -signal.SIGKILL
@@ -220,6 +221,7 @@ def _newest(killed: Killed) -> pathlib.Path:
   return killed.workdir / "checkpoints" / str(max(whole))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ("number", "mesh"),
   [
@@ -278,6 +280,7 @@ def _like_of(directory: pathlib.Path):
   return tree
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ("number", "mesh"),
   [
@@ -310,6 +313,7 @@ def test_what_four_processes_began_one_ends_on_another_mesh(
   assert positions[0]["data_state"]["rows"] == STEPS * BATCH_SIZE
 
 
+@pytest.mark.long
 def test_a_full_disk_of_one_process_ends_both_with_4(commands, data, tmp_path):
   run = tmp_path / "run"
   job = _start(commands, 2, _command(data, run, UNVALIDATED))

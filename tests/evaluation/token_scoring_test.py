@@ -107,6 +107,7 @@ def requests() -> list[tuple[list[int], list[int]]]:
   return made + [(ids(9, 290), ids(10, 60)), ([3], ids(11, 700))]
 
 
+@pytest.mark.mostly_long(one_in=2)
 @pytest.mark.parametrize("kind", ["dense", "window", "moe"])
 def test_every_score_is_that_of_the_request_alone(kind):
   scorer = Scorer(config(kind), params(kind), batch_size=8)

@@ -95,6 +95,7 @@ def assert_as_without_a_cache(model, uncached_logits, *, listed: bool):
       np.testing.assert_allclose(logits[row], expected, **TOLERANCE)
 
 
+@pytest.mark.mostly_long(one_in=3)
 @layers_both_ways
 def test_cached_logits_are_those_without_a_cache(
   model, uncached_logits, listed
@@ -119,6 +120,7 @@ SHARED = MoeConfig(
 )
 
 
+@pytest.mark.mostly_long(one_in=3)
 @pytest.mark.parametrize("moe", [None, SHARED], ids=["dense", "shared expert"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_cached_logits_with_options_are_those_without_a_cache(
@@ -211,6 +213,7 @@ def test_parameters_on_several_devices_stay_stacked():
   assert decoding.step_params(spread_params, config) is spread_params
 
 
+@pytest.mark.mostly_long(one_in=3)
 @layers_both_ways
 def test_a_generation_from_stacked_and_listed_layers_is_the_same(model, listed):
   params = model.params

@@ -46,6 +46,7 @@ def call(model: TextModel, prompts, **options) -> list[TokenGeneration]:
   return generate_tokens(model.config, model.params, prompts, **options)
 
 
+@pytest.mark.mostly_long(one_in=3)
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "drawn"])
 def test_padding_on_either_side_gives_each_prompt_as_alone(model, sampling):
   alone = [

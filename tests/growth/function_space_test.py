@@ -104,6 +104,7 @@ def _assert_same(ours: StoredModel, theirs: StoredModel) -> None:
   assert int(ours.moments.count) == int(theirs.moments.count)
 
 
+@pytest.mark.mostly_long(one_in=2)
 @pytest.mark.parametrize("tied, decay_vectors", [(False, False), (True, True)])
 def test_a_step_commutes_with_growth_in_function_space_only(
   tied, decay_vectors

@@ -82,6 +82,7 @@ def _assert_same(found, expected):
   )
 
 
+@pytest.mark.mostly_long(one_in=2)
 @pytest.mark.parametrize(
   ("model", "target"),
   [
@@ -462,6 +463,7 @@ def _cutting(name: str) -> ScaleOut:
   return ScaleOut(source="s", method=method)
 
 
+@pytest.mark.mostly_long(one_in=3)
 @pytest.mark.parametrize("name", CUT)
 def test_layers_without_experts_keep_an_ffn_that_others_cut(name, tmp_path):
   source, target = _stored(DENSE), _cut(name)
@@ -477,6 +479,7 @@ def test_layers_without_experts_keep_an_ffn_that_others_cut(name, tmp_path):
   _assert_streamed(source, target, _cutting(name), grown, tmp_path)
 
 
+@pytest.mark.mostly_long(one_in=2)
 @pytest.mark.parametrize("name", ["shards", "shared part"])
 def test_a_larger_mixture_keeps_ffns_of_another_width(name, tmp_path):
   source = _stored(_cut(name))

@@ -151,6 +151,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.mostly_long(one_in=3)
 @pytest.mark.parametrize("name", PAIRS)
 def test_exactness_is_predicted_and_found(name):
   before, after, chosen, exact = PAIRS[name]
@@ -434,6 +435,7 @@ def test_pairs_that_do_not_fit_a_method_are_refused(fields, chosen, message):
   assert str(caught.value) == message
 
 
+@pytest.mark.mostly_long(one_in=2)
 @pytest.mark.parametrize("method", ["lemon", "aki"])
 def test_growth_onto_a_mesh_is_growth_and_lies_where_it_should(method):
   config = tiny.replace(tiny.SOURCE, moe=tiny.MOE, vocab_size=16)

@@ -11,6 +11,7 @@ from aquila_jax.growth.scale_up import scale_up
 from tests.growth import tiny
 
 
+@pytest.mark.mostly_long(one_in=3)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("moe", [None, tiny.MOE])
 def test_grown_moments_are_those_of_the_grown_models_gradient(tied, moe):

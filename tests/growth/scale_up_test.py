@@ -43,6 +43,7 @@ SIZES = {
 }
 
 
+@pytest.mark.mostly_long(one_in=3)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("moe", [None, tiny.MOE])
@@ -76,6 +77,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.mostly_long(one_in=3)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_fpi_is_exact_with_options_of_the_model(name):
   config = tiny.replace(tiny.SOURCE, **OPTIONS[name])

@@ -45,6 +45,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.mostly_long(one_in=4)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_those_of_the_decoder(name, monkeypatch):
   # 10 hidden units in parts of 4, 4 and 2.

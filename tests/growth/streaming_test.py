@@ -85,6 +85,7 @@ def _source(dtype: str, **fields) -> StoredModel:
   )
 
 
+@pytest.mark.mostly_long(one_in=7)
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize(
   ("options", "moe"),
@@ -197,6 +198,7 @@ WAYS: dict[str, tuple[Any, Any, Any]] = {
 }
 
 
+@pytest.mark.mostly_long(one_in=7)
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize("way", WAYS)
 def test_scale_out_writes_the_bytes_of_scale_out(way, dtype, tmp_path):

@@ -365,6 +365,7 @@ def test_the_average_is_drawn_as_the_parameters_are():
   assert np.array_equal(*routers)
 
 
+@pytest.mark.mostly_long(one_in=7)
 @pytest.mark.parametrize("shared", SHARED)
 @pytest.mark.parametrize("shards", [1, 2])
 def test_moments_are_the_gradients_of_even_gates(shards, shared):
@@ -384,6 +385,7 @@ def test_moments_are_the_gradients_of_even_gates(shards, shared):
   _assert_moments_are_gradients(grown, zero=("router", "token_gate_kernel"))
 
 
+@pytest.mark.mostly_long(one_in=2)
 @pytest.mark.parametrize("shards", [1, 2])
 def test_moments_of_a_larger_mixture_are_its_gradients(shards):
   old = _moe(num_experts=2, top_k=2, shared_expert_dim=5)

@@ -30,6 +30,7 @@ def _export(tmp_path, model, **options):
   return exported, tmp_path / "out"
 
 
+@pytest.mark.mostly_long(one_in=5)
 @pytest.mark.parametrize("name", tiny.KINDS)
 def test_an_import_of_an_export_is_the_same_model_bit_for_bit(tmp_path, name):
   config, architecture = tiny.KINDS[name]

@@ -70,6 +70,7 @@ def test_every_family_has_a_reference():
   }
 
 
+@pytest.mark.mostly_long(one_in=5)
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_logits_and_greedy_continuation_are_those_of_transformers(models, name):
   expected = _expected(name)

@@ -64,6 +64,7 @@ def test_places_are_in_the_order_of_computing():
   ]
 
 
+@pytest.mark.mostly_long(one_in=3)
 @pytest.mark.parametrize(
   "config", [DENSE, TIED, MIXTURE], ids=["dense", "tied", "mixture"]
 )

@@ -202,6 +202,7 @@ def _layer_with(options):
   )
 
 
+@pytest.mark.mostly_long(one_in=5)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_options_and_their_gradients_equal_the_layer_written_out(options):
   config, params, _, x = _layer_with(options)

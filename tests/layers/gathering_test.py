@@ -53,6 +53,7 @@ def _inputs(rows: int):
   return jnp.asarray(kernels, jnp.float32), jnp.asarray(x, jnp.float32)
 
 
+@pytest.mark.mostly_long(one_in=5)
 @pytest.mark.parametrize(
   "spec", [P(None, ("fsdp", "sequence")), P(None, None, "fsdp")]
 )

@@ -55,6 +55,7 @@ def _layer_by_layer(config, params) -> np.ndarray:
   )
 
 
+@pytest.mark.mostly_long(one_in=2)
 @pytest.mark.parametrize("config", [LIST, _with_layers("all")])
 def test_experts_are_in_the_order_of_the_layers(config):
   params = _params(config)

@@ -95,6 +95,7 @@ def _pack(*documents, length: int = 16):
 DOCUMENT = [3, 1, 4, 1, 5]
 
 
+@pytest.mark.mostly_long(one_in=3)
 @pytest.mark.parametrize(
   "config",
   [
@@ -140,6 +141,7 @@ def test_later_tokens_change_nothing_and_earlier_ones_do(config):
   assert np.all(np.max(np.abs(changed[3:5] - logits[3:5]), axis=-1) > 1e-3)
 
 
+@pytest.mark.mostly_long(one_in=4)
 @pytest.mark.parametrize(
   ("change", "leaves"),
   [
@@ -266,6 +268,7 @@ def test_dense_decoder_and_gradients_equal_the_written_out_one(tied):
   )
 
 
+@pytest.mark.mostly_long(one_in=3)
 @pytest.mark.parametrize("config", [DENSE, DROPLESS], ids=["dense", "dropless"])
 @pytest.mark.parametrize(
   "change",
@@ -472,6 +475,7 @@ def test_init_has_the_deviation_asked_for_and_differs_by_layer():
   np.testing.assert_array_equal(layers["mlp_norm"]["scale"], 1)
 
 
+@pytest.mark.mostly_long(one_in=4)
 @pytest.mark.parametrize(
   "change",
   [

@@ -158,6 +158,7 @@ def _named(options: dict[str, Any]) -> str:
   return "-".join(name for name, value in options.items() if value)
 
 
+@pytest.mark.mostly_long(one_in=2)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("options", OPTIONS, ids=_named)
 def test_zero_is_the_small_model_and_one_is_no_mask(options):

@@ -187,6 +187,7 @@ def float64():
     yield
 
 
+@pytest.mark.mostly_long(one_in=2)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("config", [WIDE, UNEVEN], ids=["even", "uneven"])
 def test_outputs_and_gradients_are_those_of_a_loop_over_layers(config):
@@ -196,6 +197,7 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_layers(config):
   _close(_scanned(config), expected)
 
 
+@pytest.mark.mostly_long(one_in=2)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
   "change", [dict(remat="full"), dict(scan_layers=False)]
@@ -211,6 +213,7 @@ def _whole():
   return apply(_params(EVERY_SECOND)).logits
 
 
+@pytest.mark.mostly_long(one_in=2)
 @pytest.mark.parametrize("listed", [False, True], ids=["stacked", "listed"])
 def test_a_cache_continues_rows_with_padding_in_front(listed):
   config, params = EVERY_SECOND, _params(EVERY_SECOND)

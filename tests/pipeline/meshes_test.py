@@ -120,6 +120,7 @@ def _same(found: Any, expected: Any) -> None:
   )
 
 
+@pytest.mark.mostly_long(one_in=7)
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_growth_onto_a_mesh_is_growth(mesh):
   mesh = make_mesh(mesh)
@@ -142,6 +143,7 @@ def _assert_lies(leaf, sharding) -> None:
   assert leaf.sharding == sharding
 
 
+@pytest.mark.mostly_long(one_in=7)
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_generation_on_a_mesh_is_generation(mesh):
   """Greedy, from logits that no rounding brings together."""
@@ -179,6 +181,7 @@ def _abstract(mesh: Mesh) -> TrainState:
   )
 
 
+@pytest.mark.mostly_long(one_in=7)
 @pytest.mark.parametrize(
   ("one", "other"), list(zip(MESHES, MESHES[1:], strict=False)), ids=str
 )

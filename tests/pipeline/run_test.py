@@ -250,6 +250,7 @@ INSTANTS = (
 )
 
 
+@pytest.mark.long
 def test_killed_at_any_instant_and_started_again(
   kit, whole, tmp_path, monkeypatch
 ):

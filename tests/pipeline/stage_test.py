@@ -80,6 +80,7 @@ def test_restart_starts_a_trained_model_at_the_peak(kit, whole, tmp_path):
   assert said in messages, messages
 
 
+@pytest.mark.long
 def test_a_grown_stage_trains_in_function_space_and_goes_on_bit_for_bit(
   kit, whole, tmp_path, monkeypatch
 ):

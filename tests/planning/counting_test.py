@@ -135,6 +135,7 @@ EVERYTHING = dataclasses.replace(
 )
 
 
+@pytest.mark.mostly_long(one_in=3)
 @pytest.mark.parametrize("config", [DENSE, MIXTURE, EVERYTHING])
 def test_counts_the_parameters_that_init_makes(config):
   params = decoder_lm.init_params(config, key=jax.random.key(0))

@@ -231,6 +231,7 @@ def _unsharded(config: ModelConfig):
   return params, value_and_grad(params, *_batch())
 
 
+@pytest.mark.mostly_long(one_in=7)
 @pytest.mark.parametrize(
   ("config", "mesh_config"),
   [

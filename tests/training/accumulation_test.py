@@ -95,6 +95,7 @@ def _close(found, expected):
   )
 
 
+@pytest.mark.mostly_long(one_in=2)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("devices", [1, 8])
 def test_global_balance_is_the_batch_in_one_piece(tiny, devices):

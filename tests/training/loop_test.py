@@ -140,6 +140,7 @@ def unbroken(tiny, mixture, every_option, tmp_path_factory):
   return job, train(job)
 
 
+@pytest.mark.mostly_long(one_in=3)
 @pytest.mark.parametrize(
   "meddles, error",
   [

@@ -40,6 +40,7 @@ def _files(job):
   }
 
 
+@pytest.mark.mostly_long(one_in=5)
 @pytest.mark.parametrize(
   ("step", "checkpoint"), [(1, 0), (3, 0), (4, 3), (6, 3), (7, 6)]
 )

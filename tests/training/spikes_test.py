@@ -207,6 +207,7 @@ def test_a_spike_is_skipped_also_after_a_stop(tiny, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, again.state, result.state)
 
 
+@pytest.mark.mostly_long(one_in=2)
 @pytest.mark.parametrize("margin", [1, 2])
 def test_going_back_passes_the_batch_and_all_since_the_checkpoint(
   tiny, tmp_path, margin

@@ -72,6 +72,7 @@ def _check(case: contract.Case, parts: int, call) -> str:
   return compiled.as_text() or ""
 
 
+@pytest.mark.mostly_long(one_in=5)
 @pytest.mark.parametrize("window", [None, 1, 23])
 @pytest.mark.parametrize("parts", [2, 4, 8])
 @pytest.mark.parametrize("implementation", ["xla", "chunked"])
@@ -89,6 +90,7 @@ def test_equals_undivided_attention(monkeypatch, implementation, parts, window):
   assert "all-to-all" not in text
 
 
+@pytest.mark.mostly_long(one_in=3)
 @pytest.mark.parametrize(("parts", "window"), [(2, None), (2, 100), (4, 300)])
 def test_splash_equals_undivided_attention(monkeypatch, parts, window):
   monkeypatch.setattr(splash, "_BLOCK", 128)

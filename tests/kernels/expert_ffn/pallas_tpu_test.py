@@ -91,6 +91,7 @@ _meeting = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.mostly_long(one_in=5)
 @pytest.mark.parametrize("kind", _KINDS)
 @_meeting
 def test_tiles_in_which_experts_meet(loads, tile_rows, kind):
@@ -102,6 +103,7 @@ def test_tiles_in_which_experts_meet(loads, tile_rows, kind):
   _agree(_run(call, spoilt, kernels, grad, blocks), expected)
 
 
+@pytest.mark.mostly_long(one_in=5)
 @pytest.mark.parametrize("kind", _KINDS)
 @_meeting
 def test_tiles_in_which_experts_meet_in_half_precision(loads, tile_rows, kind):

@@ -206,6 +206,7 @@ def _config(exchange: str, **fields) -> MoeConfig:
   return MoeConfig(**(defaults | fields))
 
 
+@pytest.mark.mostly_long(one_in=11)
 @pytest.mark.parametrize("choice", ["any", "one", "two", "own", "masked"])
 @pytest.mark.parametrize("mesh", EXPERT_MESHES)
 @pytest.mark.parametrize("exchange", EXCHANGES)
@@ -214,6 +215,7 @@ def test_exchanges_equal_one_device(exchange, mesh, choice):
   _check(_config(exchange), mesh, choice)
 
 
+@pytest.mark.mostly_long(one_in=5)
 @pytest.mark.parametrize("choice", ["any", "one"])
 @pytest.mark.parametrize(
   "fields",
@@ -238,6 +240,7 @@ def test_capacity_is_given_out_in_the_order_of_the_batch(mesh, choice):
   _check(_config("all_to_all", capacity_factor=0.6), mesh, choice)
 
 
+@pytest.mark.mostly_long(one_in=7)
 @pytest.mark.parametrize("choice", ["any", "one", "masked"])
 @pytest.mark.parametrize("capacity_factor", [None, 0.75])
 @pytest.mark.parametrize("mesh", MESHES)
@@ -292,6 +295,7 @@ def test_ragged_exchange_is_refused_on_cpu():
     expert_parallel._chosen(config, _group(), bytes_per_row=4)
 
 
+@pytest.mark.mostly_long(one_in=5)
 @pytest.mark.parametrize("mesh", EXPERT_MESHES)
 @pytest.mark.parametrize(
   ("exchange", "num_rows"), [("all_to_all", 8), ("all_gather", 8), (None, 1)]

@@ -212,6 +212,7 @@ def _named(fields: dict[str, Any]) -> str:
   return "-".join(f"{name}={value}" for name, value in fields.items())
 
 
+@pytest.mark.mostly_long(one_in=7)
 @pytest.mark.parametrize("order", ORDERS, ids=_named)
 @pytest.mark.parametrize(
   ("top_k", "capacity_factor", "shared"),
@@ -235,6 +236,7 @@ def test_a_bias_a_scale_and_normal_logits_do_as_in_a_loop(order, more):
   _check(_config(**order, **more))
 
 
+@pytest.mark.mostly_long(one_in=5)
 @pytest.mark.parametrize(
   "order",
   [ORDERS[2], ORDERS[4], ORDERS[4] | dict(gate_scale=2.0)],

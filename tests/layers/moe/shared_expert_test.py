@@ -113,6 +113,7 @@ def _apply(config: ModelConfig, params, x) -> Any:
   )
 
 
+@pytest.mark.mostly_long(one_in=3)
 @pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.parametrize("capacity_factor", [None, 0.5])
 def test_it_is_added_to_the_chosen_experts_sum(gate, capacity_factor):

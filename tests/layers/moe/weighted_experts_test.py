@@ -88,6 +88,7 @@ def _chip(name: str, kernels):
   return dataclasses.replace(chip, memory=memory)
 
 
+@pytest.mark.mostly_long(one_in=4)
 @pytest.mark.parametrize("name", CHIPS)
 @pytest.mark.parametrize(
   ("top_k", "skewed", "placement"),
