@@ -51,6 +51,51 @@ def test_a_mixture_over_experts(tmp_path):
   assert "ragged-all-to-all" in done.stdout
 
 
+def test_tokens_of_a_row_over_devices(tmp_path):
+  """A device has the keys and values of a whole row, of its heads alone."""
+  output = tmp_path / "plan.json"
+  done = _plan(
+    *SMOKE,
+    "--stage=scale_out",
+    "--topology=v5e:2x2",
+    "--config.mesh.data=1",
+    "--config.mesh.fsdp=2",
+    "--config.mesh.sequence=2",
+    f"--output={output}",
+  )
+  assert done.returncode == 0, done.stderr
+  said = json.loads(output.read_text())
+  assert said["fits"]
+  assert said["mesh"] == dict(data=1, fsdp=2, expert=1, sequence=2, tensor=1)
+  assert any("sequence" in one["axes"] for one in said["collectives"])
+
+
+def test_what_the_compiler_overlaps_is_counted(tmp_path):
+  """Gathering of kernels beside compute, where it is asked for."""
+  seconds = {}
+  for asked in ("True", "False"):
+    output = tmp_path / f"{asked}.json"
+    done = _plan(
+      *SMOKE,
+      "--stage=scale_out",
+      "--topology=v6e:2x4",
+      "--config.mesh.data=1",
+      "--config.mesh.fsdp=4",
+      "--config.mesh.expert=2",
+      "--config.stages.scale_out.train.batch_size=16",
+      f"--config.stages.scale_out.train.overlap_collectives={asked}",
+      f"--output={output}",
+    )
+    assert done.returncode == 0, done.stderr
+    seconds[asked] = json.loads(output.read_text())["seconds"]
+  asked, not_asked = seconds["True"], seconds["False"]
+  assert asked["with_full_overlap"] < asked["as_scheduled"]
+  assert asked["as_scheduled"] < asked["without_overlap"]
+  assert not_asked["as_scheduled"] == pytest.approx(
+    not_asked["without_overlap"], rel=1e-9
+  )
+
+
 def test_axes_may_lie_along_parts_of_a_dimension(tmp_path):
   """Of 4 x 4 chips, 8 and 2; and a dense kernel is gathered, not the tokens."""
   output = tmp_path / "plan.json"
