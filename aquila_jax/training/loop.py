@@ -458,6 +458,12 @@ def _goes_back(
   return False
 
 
+def _warn_once(message: str, *args: object) -> None:
+  """Of what all processes see alike, the first speaks."""
+  if processes.is_first():
+    logging.warning(message, *args)
+
+
 def _note_skipped(
   job: TrainJob,
   run: _Run,
@@ -467,7 +473,7 @@ def _note_skipped(
   writer: MetricsWriter,
 ) -> None:
   """Says that a step was skipped; too many in a row end the run."""
-  logging.warning("%s: %s; skipped", job.stage, event.in_words())
+  _warn_once("%s: %s; skipped", job.stage, event.in_words())
   writer.spike({**dataclasses.asdict(event), "then": "skipped"})
   follows = event.step == run.last_skipped + 1
   run.skipped_in_a_row = run.skipped_in_a_row + 1 if follows else 1
@@ -503,7 +509,7 @@ def _go_back(
       f"{job.stage}: {event.in_words()}; the run has gone back to step {step}"
       f" {policy.most_in_a_row} times; {saved.last_good}"
     )
-  logging.warning(
+  _warn_once(
     "%s: %s; going back to step %d, and on after the batch of step %d",
     *(job.stage, event.in_words(), step, event.step),
   )

@@ -364,3 +364,27 @@ def test_who_cannot_come_together_is_told_so_in_time(commands, data, tmp_path):
     " within 2 s"
   )
   assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.long
+def test_two_processes_go_back_from_the_same_steps_as_one(
+  commands, data, tmp_path
+):
+  """Half of all steps are spikes here; one process speaks of them."""
+  policy = "--config.stages.dense.train.spikes."
+  fields = ("spike=rewind", "sigmas=1.0", "window=6", "most_in_a_row=50")
+  flags = tuple(policy + field for field in fields)
+  runs = tmp_path / "one", tmp_path / "two"
+  one = succeeded(
+    _with_devices(commands, 2).run(*_command(data, runs[0], *flags))
+  )
+  job = _start(commands, 2, _command(data, runs[1], *flags))
+  first, second = map(succeeded, job.ended())
+
+  def went_back(process: Ended) -> list[str]:
+    return [line for line in process.err.splitlines() if "going back" in line]
+
+  assert went_back(first) == went_back(one)
+  assert len(went_back(one)) > 2
+  assert went_back(second) == []
+  assert _rows(runs[0] / "metrics.jsonl") == _rows(runs[1] / "metrics.jsonl")
