@@ -6,12 +6,14 @@ import functools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath
 from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
 
 from aquila_jax.core import errors, files, processes
 
@@ -37,6 +39,58 @@ class JsonlWriter:
 
   def close(self) -> None:
     self._file.close()
+
+
+class _EventsFile:
+  """TensorBoard's file, which ends where it cannot be written; the run goes on.
+
+  tensorboardX writes in a thread of its own. An error would end that thread,
+  and whoever has more events would wait for it for ever.
+
+  Args:
+    file: what tensorboardX writes to.
+    directory: for the message.
+  """
+
+  def __init__(self, file: EventsWriter, directory: epath.Path):
+    self._file, self._directory, self._ended = file, directory, False
+
+  def write_event(self, event: Any) -> None:
+    self._unless_ended(functools.partial(self._file.write_event, event))
+
+  def flush(self) -> None:
+    self._unless_ended(self._file.flush)
+
+  def close(self) -> None:
+    self._unless_ended(self._file.close)
+
+  def _unless_ended(self, act: Callable[[], object]) -> None:
+    if self._ended:
+      return
+    try:
+      act()
+    except OSError as error:
+      self._ended = True
+      logging.warning(
+        "%s: %s; its curves end here, rows of metrics go on",
+        *(self._directory, error.strerror),
+      )
+
+
+def _events(workdir: epath.Path, *, last_step: int) -> SummaryWriter:
+  directory = workdir / "tensorboard"
+  events = SummaryWriter(
+    os.fspath(directory),
+    # TensorBoard drops events from `purge_step` on that an earlier file has.
+    purge_step=last_step + 1 if last_step else None,
+    # Otherwise two starts in one second share a file.
+    filename_suffix=f".{last_step}",
+  )
+  writer: Any = events.file_writer
+  writer = writer.event_writer
+  file = _EventsFile(writer._ev_writer, directory)
+  writer._ev_writer = writer._worker._record_writer = file
+  return events
 
 
 class MetricsWriter:
@@ -67,13 +121,7 @@ class MetricsWriter:
     self._open_routing = functools.partial(
       JsonlWriter, workdir / "routing.jsonl", last_step=last_step
     )
-    # TensorBoard drops events from `purge_step` on that an earlier file has.
-    self._events = SummaryWriter(
-      os.fspath(workdir / "tensorboard"),
-      purge_step=last_step + 1 if last_step else None,
-      # Otherwise two starts in one second share a file.
-      filename_suffix=f".{last_step}",
-    )
+    self._events = _events(workdir, last_step=last_step)
 
   def train(self, row: Row) -> None:
     """Writes the row of a logging step."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 
 import numpy as np
 import pytest
@@ -152,3 +153,26 @@ def test_tensorboard_has_the_scalars_and_purges_on_resumption(tmp_path):
       ],
     )
   )
+
+
+def test_rows_go_on_where_tensorboard_cannot_be_written(tmp_path, caplog):
+  """Its thread must not die: then the eleventh event would wait for ever."""
+  workdir = epath.Path(tmp_path)
+  names = [f"metric_{i}" for i in range(8)]
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  with MetricsWriter(workdir, last_step=0) as writer:
+    # An event is some 60 bytes, a number of a row some 15.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+      for step in range(1, 11):
+        writer.train({"step": step} | {name: step for name in names})
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  assert len(read_rows(workdir / "metrics.jsonl")) == 10
+  (file,) = (workdir / "tensorboard").iterdir()
+  assert 1000 < file.stat().length <= 2000
+  said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+  assert said == [
+    f"{workdir}/tensorboard: File too large; its curves end here, rows of"
+    " metrics go on"
+  ]
