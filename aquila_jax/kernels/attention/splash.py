@@ -196,10 +196,37 @@ def _on_device(kernel, query, key, value, segments, *, axes):
 
   def of_row(query, key, value, segments, key_segments):
     ids = splash_attention.SegmentIds(q=segments, kv=key_segments)
-    return jax.vmap(kernel, in_axes=(0, 0, 0, None))(query, key, value, ids)
+    attended = jax.vmap(_attended, in_axes=(None, 0, 0, 0, None))
+    return attended(kernel, query, key, value, ids)
 
   # The kernel does not scale. (B, T, K, G, H) -> (B, K, G, T, H)
   scaled = (query * query.shape[-1] ** -0.5).transpose(0, 2, 3, 1, 4)
   key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
   heads = jax.vmap(of_row)(scaled, key, value, segments, key_segments)
   return heads.transpose(0, 3, 1, 2, 4)
+
+
+@jax.custom_vjp
+def _attended(kernel, query, key, value, ids):
+  """The kernel, whose gradient keeps no more than it reads.
+
+  The kernel writes the logarithm of a query's sum into 128 lanes, of which the
+  gradient reads one. Left to XLA they are cut where they are read: until then
+  all lie in memory, in AquilaMoE's layer twice what the attention itself does,
+  and are copied transposed. The barrier cuts them where they were written.
+  """
+  return kernel(query, key, value, ids)
+
+
+def _attended_forward(kernel, query, key, value, ids):
+  heads, pullback = jax.vjp(
+    lambda query, key, value: kernel(query, key, value, ids), query, key, value
+  )
+  return jax.lax.optimization_barrier((heads, pullback))
+
+
+def _attended_backward(pullback, upstream):
+  return None, *pullback(upstream), None
+
+
+_attended.defvjp(_attended_forward, _attended_backward)
