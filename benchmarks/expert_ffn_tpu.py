@@ -123,6 +123,15 @@ WORKLOADS = (
   Workload(
     name="64 of 704", num_experts=64, top_k=8, mlp_dim=704, block_size=64
   ),
+  # A device's of AquilaMoE-8x16B on two: a core holds but few of 20,480.
+  Workload(
+    name="4 of 20480",
+    num_experts=4,
+    top_k=2,
+    mlp_dim=20480,
+    block_size=256,
+    embed_dim=5120,
+  ),
 )
 Row = dict[str, Any]
 
@@ -276,36 +285,48 @@ def _calls(schedule: Schedule) -> dict[str, float]:
   return calls
 
 
-def _times(kernel: Kernel, work: Workload) -> dict[Branch, int]:
-  """How often branches are taken, for one tile of columns."""
+def _tile_rows(kernel: Kernel) -> tuple[int, int]:
+  """Of one of ours: a tile, and parts of it that are taken one by one."""
+  tile, outer_tile = pallas_tpu.TILE_ROWS
+  if pallas_tpu.DEEP in kernel.name:
+    return pallas_tpu.DEEP_TILES * tile, tile
+  is_outer = len(kernel.computing) > 1
+  return (outer_tile, outer_tile // 2) if is_outer else (tile, tile)
+
+
+def _times(kernel: Kernel, work: Workload, columns: float) -> dict[Branch, Any]:
+  """How often branches are taken, for a tile of columns or a part of sums."""
   computing = kernel.computing
   large = [b for b in kernel.branches if b.bundles > _SMALL]
   before = [b for b in large if b.end <= computing[0].start]
   behind = [b for b in large if b.start >= computing[-1].end]
-  tile, outer_tile = pallas_tpu.TILE_ROWS
   experts, loads = work.num_experts, work.loads
   name, rows = kernel.name, work.num_blocks * work.block_size
-  if "expert_" in name and len(computing) == 1:
-    visits = _visits(loads, tile)
-    parts = sum(end - first < tile for first, end in visits)
-    unused = -(-rows // tile) - -(-int(loads.sum()) // tile)
-    aside = {before[-2]: unused, before[-1]: parts, behind[0]: parts}
-    return aside | {computing[0]: len(visits)}
-  if "expert_" in name:
-    half = outer_tile // 2
-    visits = _visits(loads, outer_tile)
-    parts = [visit for visit in visits if visit != (0, outer_tile)]
-    counts = (
-      len(visits) - len(parts),
-      sum(first < half for first, _ in parts),
-      sum(end > half for _, end in parts),
-    )
-    edges = {before[-1]: experts, behind[0]: experts}
-    return edges | dict(zip(computing, counts, strict=True))
   if "tgmm" in name:
     visits = len(_visits(loads, _MEGABLOX_ROWS))
     return {before[-1]: experts, computing[0]: visits, behind[0]: experts}
-  raise ValueError(f"{name}: not a kernel whose branches are known")
+  if "expert_" not in name:
+    raise ValueError(f"{name}: not a kernel whose branches are known")
+  tile, part = _tile_rows(kernel)
+  visits = _visits(loads, tile)
+  parts = [visit for visit in visits if visit != (0, tile)]
+  unused = -(-rows // tile) - -(-int(loads.sum()) // tile)
+  if len(computing) == 1:
+    aside = {before[-2]: unused, before[-1]: len(parts), behind[0]: len(parts)}
+    return aside | {computing[0]: len(visits)}
+  taken = [len(visits) - len(parts)]
+  for start in range(0, tile, part):
+    taken.append(
+      sum(first < start + part and end > start for first, end in parts)
+    )
+  if pallas_tpu.DEEP in name:
+    # Begun and written once for all parts of a sum.
+    written = unused, taken[0], len(parts)
+    edges = {b: n / columns for b, n in zip(behind, written, strict=True)}
+    edges[before[-1]] = len(visits) / columns
+  else:
+    edges = {before[-1]: experts, behind[0]: experts}
+  return edges | dict(zip(computing, taken, strict=True))
 
 
 def _cycles(
@@ -319,18 +340,17 @@ def _cycles(
   loop = grid[0]
   products = np.asarray(kernel.products)
   if "expert_" in kernel.name:
-    is_outer = len(kernel.computing) > 1
-    tile = pallas_tpu.TILE_ROWS[is_outer]
+    tile, _ = _tile_rows(kernel)
     rows = work.num_blocks * work.block_size
     steps = -(-rows // tile) + work.num_experts
     columns = (loop.trips or 1) / steps
     weight[loop.start : loop.end] = loop.trips or 1
-    for branch, times in _times(kernel, work).items():
+    for branch, times in _times(kernel, work, columns).items():
       weight[branch.start : branch.end] = times * columns
   elif "tgmm" in kernel.name:
     visits = len(_visits(work.loads, _MEGABLOX_ROWS))
     weight[loop.start : loop.end] = visits * loop.known_trips
-    for branch, times in _times(kernel, work).items():
+    for branch, times in _times(kernel, work, loop.known_trips).items():
       weight[branch.start : branch.end] = times * loop.known_trips
   elif "gmm" in kernel.name:
     visits = len(_visits(work.loads, _MEGABLOX_ROWS))

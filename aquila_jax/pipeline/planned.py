@@ -14,6 +14,12 @@ from aquila_jax.core import errors
 from aquila_jax.core.experiment_config import ExperimentConfig, TrainConfig
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.kernels.attention import splash
+from aquila_jax.kernels.expert_ffn.pallas_tpu import (
+  DEEP,
+  DEEP_TILES,
+  OF_KERNELS,
+  TILE_ROWS,
+)
 from aquila_jax.kernels.target import Target, compiling_for
 from aquila_jax.layers.moe import expert_parallel
 from aquila_jax.pipeline import budget
@@ -231,6 +237,7 @@ def _estimate(
     kernel_cycles={
       kernel.name: _cycles(kernel, step) for kernel in schedule.kernels
     },
+    moved_share=lambda name: step.filled if "expert_" in name else 1.0,
     rare=[expert_parallel.OVERFLOW],
   )
 
@@ -255,12 +262,35 @@ def _cycles(kernel: Kernel, step: Step) -> int:
     return kernel.cycles_of(1, taken=Taken(computing=share))
   if model.moe is None or "expert_" not in kernel.name:
     return kernel.cycles_of(1)
-  experts = model.moe.num_experts // mesh.shape["expert"]
   steps = grouped_steps(
     model, num_tokens=step.tokens, expert_devices=mesh.shape["expert"]
   )
-  taken = Taken(others=min(1.0, experts / steps))
-  return round(kernel.cycles_of(steps, taken=taken) * step.filled)
+  return kernel.cycles_of(steps, taken=_experts_taken(kernel, step))
+
+
+def _experts_taken(kernel: Kernel, step: Step) -> Taken:
+  """Of the steps of a grid over tiles of rows, one for each of their experts.
+
+  A tile in which experts meet is taken in parts, by both the one in which they
+  do. What stands before and behind the rows of an expert is computed once for
+  them all, and where a step takes but a part of a sum, once for all of these.
+  """
+  assert step.model.moe is not None
+  experts = step.model.moe.num_experts // step.mesh.shape["expert"]
+  tile_rows = part_rows = TILE_ROWS[0]
+  if DEEP in kernel.name:
+    tile_rows *= DEEP_TILES
+  elif any(name in kernel.name for name in OF_KERNELS):
+    tile_rows, part_rows = TILE_ROWS[1], TILE_ROWS[1] // 2
+  visits = math.ceil(step.rows() / tile_rows) + experts
+  rows = step.tokens * step.model.moe.top_k + (experts - 1) * part_rows
+  others = experts / visits
+  if DEEP in kernel.name:
+    trips = max(loop.trips or 1 for loop in kernel.loops if loop.depth == 1)
+    others = visits / trips
+  return Taken(
+    computing=min(1.0, rows / tile_rows / visits), others=min(1.0, others)
+  )
 
 
 def _memory(program: Program, schedule: Schedule | None, kind: str) -> Memory:

@@ -236,7 +236,7 @@ def table(plan: StepPlan, *, token_budget: int) -> str:
     _line("as it is scheduled", f"{estimate.as_scheduled:.3f}"),
     _line("all collectives hidden", f"{estimate.with_full_overlap:.3f}"),
     _line("  XLA, as it estimates", f"{estimate.seconds('estimate'):.3f}"),
-    _line("  Pallas kernels, scheduled", f"{estimate.seconds('schedule'):.3f}"),
+    _line("  Pallas kernels", f"{estimate.seconds('schedule'):.3f}"),
     _line("  the rest, by its bytes", f"{estimate.seconds('bytes'):.3f}"),
     _line("  links", f"{estimate.seconds('link'):.3f}"),
     _line("FLOPs at the published rate", f"{rate:.3f}"),

@@ -5,7 +5,8 @@ kernel, so that a program which scans more looks faster. Here every instruction
 counts as often as the loops around it run:
 
 - what the compiler has an estimate for, by `estimated_cycles` of its text;
-- Pallas kernels, by their schedule (tpu_schedule.py), if it is given;
+- Pallas kernels, by their schedule (tpu_schedule.py), if it is given, or by the
+  bytes that they say they move, over the memory's rate, if these take longer;
 - collectives, by their bytes over the links that their group spans;
 - the rest by the bytes that it reads and writes, over the memory's rate.
 
@@ -35,7 +36,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -167,6 +168,7 @@ def estimate(
   chip: Chip,
   coordinates: Coordinates,
   kernel_cycles: Mapping[str, int] | None = None,
+  moved_share: Callable[[str], float] = lambda op_name: 1.0,
   rare: Sequence[str] = (),
 ) -> Estimate:
   """Reads a compiled program.
@@ -178,7 +180,10 @@ def estimate(
       `[d.coords for d in mesh.devices.flat]`.
     kernel_cycles: of one run of each Pallas kernel, by its instruction's name.
       Kernels with the same body are compiled once, in the name of one of them:
-      the others may be missing.
+      the others may be missing. None takes less time than what it says that
+      it moves (`pallas_call`'s `cost_estimate`).
+    moved_share: of what a kernel says that it moves, what it does, by its
+      `op_name`, `jit(step)/.../NAME/pallas_call`.
     rare: names of scopes (`jax.named_scope`): a branch that is of one of them
       is not counted where another is not.
 
@@ -191,6 +196,7 @@ def estimate(
     chip=chip,
     coordinates=coordinates,
     kernel_cycles=kernel_cycles or {},
+    moved_share=moved_share,
     rare=rare,
   )
   parts = tuple(reader.computation(program.entry, trips=1))
@@ -218,6 +224,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 _ARRAY = re.compile(r"(?P<dtype>[a-z]+[0-9]*(?:e\d\w*)?)\[(?P<dims>[0-9,]*)\]")
 # In the place of an estimate where the compiler has none.
 _NO_ESTIMATE = 2**62
+_MOVED = re.compile(r'"bytes_accessed":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _BODY = re.compile(r'"body": ?"([^"]*)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -372,12 +379,14 @@ class _Reader:
     chip: Chip,
     coordinates: Coordinates,
     kernel_cycles: Mapping[str, int],
+    moved_share: Callable[[str], float],
     rare: Sequence[str],
   ):
     self.program = program
     self.chip = chip
     self.coordinates = coordinates
     self.kernel_cycles = self._with_twins(kernel_cycles)
+    self.moved_share = moved_share
     self.rare = set(rare)
     self.unknown_kernels: list[str] = []
     self.unknown_loops: list[str] = []
@@ -469,19 +478,32 @@ class _Reader:
       part = self._compute(one, shapes, trips=trips)
       return dataclasses.replace(part, carries=tuple(channels))
     # Compiled with the collective's steps, in the name of the fusion.
-    known = self.kernel_cycles.get(one.name)
-    if known is None:
-      known = self.kernel_cycles.get(kernels[0].name)
-    if known is None:
-      self.unknown_kernels.append(one.name)
-    return Part(
+    part = self._kernel(kernels[0], names=[one.name, kernels[0].name])
+    return dataclasses.replace(
+      part,
       name=one.name,
-      opcode=kernels[0].opcode,
       trips=trips,
-      seconds=trips * (known or 0) / self.chip.cycles,
-      source="schedule",
+      seconds=trips * part.seconds,
       op_name=_op_name(one),
       carries=tuple(channels),
+    )
+
+  def _kernel(self, one: _Instruction, *, names: Sequence[str]) -> Part:
+    """One run: what it issues, under the first known name, or waits for."""
+    known = [self.kernel_cycles[n] for n in names if n in self.kernel_cycles]
+    if not known:
+      self.unknown_kernels.append(names[0])
+    moved = _MOVED.search(one.rest)
+    size = int(moved[1]) if moved else 0
+    fetching = size * self.moved_share(_op_name(one)) / self.chip.memory_bytes
+    return Part(
+      name=one.name,
+      opcode=one.opcode,
+      trips=1,
+      seconds=max((known or [0])[0] / self.chip.cycles, fetching),
+      source="schedule",
+      bytes=size,
+      op_name=_op_name(one),
     )
 
   def _longest(self, one: _Instruction, *, trips: int) -> list[Part]:
@@ -568,15 +590,14 @@ class _Reader:
   def _compute(
     self, one: _Instruction, shapes: Mapping[str, str], *, trips: int
   ) -> Part:
+    if _is_kernel(one):
+      part = self._kernel(one, names=[one.name])
+      return dataclasses.replace(
+        part, trips=trips, seconds=trips * part.seconds
+      )
     cycles = _CYCLES.search(one.rest)
     size, source = 0, "estimate"
-    if _is_kernel(one):
-      source = "schedule"
-      known = self.kernel_cycles.get(one.name)
-      if known is None:
-        self.unknown_kernels.append(one.name)
-      seconds = (known or 0) / self.chip.cycles
-    elif cycles is not None and int(cycles[1]) < _NO_ESTIMATE:
+    if cycles is not None and int(cycles[1]) < _NO_ESTIMATE:
       seconds = int(cycles[1]) / self.chip.cycles
     else:
       source = "bytes"

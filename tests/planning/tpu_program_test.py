@@ -64,7 +64,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %all-to-all.1 = bf16[8] all-to-all(%all-gather-done.1), replica_groups=[2,4]<=[8]
   %ragged-all-to-all.1 = u8[6] ragged-all-to-all(%small), replica_groups=[1,8]<=[8]
   %small = u8[6] iota(), backend_config={"window_config":{"estimated_cycles":"9223372036854775807"}}
-  %twin.1 = f32[8]{0} custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUx(("}}
+  %twin.1 = f32[8]{0} custom-call(%a), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/experts/pallas_call"}, backend_config={"custom_call_config":{"body":"TUx((","cost_estimate":{"flops":"1","bytes_accessed":"40"}}}
   ROOT %sort = f32[8]{0} sort(%a), dimensions={0}
 }
 """
@@ -78,14 +78,28 @@ def test_every_part_counts_as_often_as_it_runs():
   found = _estimate(kernel_cycles={"kernel.1": 11})
   # The loop of 5, and one whose trips are not known; the longer branch.
   assert found.seconds("estimate") == (5 + 1) * 7 + 3
-  # And one that has no schedule of its own, but the same body.
-  assert found.seconds("schedule") == (5 + 1) * 11 + 11
+  # And one that has no schedule of its own, but the same body, and 40 bytes.
+  assert found.seconds("schedule") == (5 + 1) * 11 + 40
   # 32 bytes in, 32 out; and six of which the compiler knows nothing.
   assert found.seconds("bytes") == 64 + 6
   assert found.unknown_kernels == ()
   assert found.unknown_loops == ("while.2",)
   fusion = next(part for part in found.parts if part.name == "fusion.1")
   assert (fusion.trips, fusion.op_name) == (5, "jit(step)/layer")
+
+
+def test_a_kernel_takes_no_less_than_the_bytes_that_it_moves():
+  """By its name a share of what it says, as of rows of a buffer."""
+
+  def seconds(share):
+    found = _estimate(
+      kernel_cycles={"kernel.1": 11},
+      moved_share=lambda name: share if "experts" in name else 1.0,
+    )
+    return next(part for part in found.parts if part.name == "twin.1").seconds
+
+  assert seconds(0.5) == 20
+  assert seconds(0.25) == 11
 
 
 @pytest.mark.parametrize(
@@ -125,7 +139,7 @@ def test_an_all_to_all_is_by_the_longest_ring_of_its_group():
 def test_sums():
   found = _estimate(kernel_cycles={"kernel.1": 11})
   links = 6 * 32 + 256 / 6 + 64 + 6 + 64 + 1.5
-  compute = 45 + 77 + 70
+  compute = 45 + 106 + 70
   assert found.seconds("link") == pytest.approx(links)
   assert found.without_overlap == pytest.approx(compute + links)
   assert found.with_full_overlap == pytest.approx(links)
@@ -135,7 +149,8 @@ def test_sums():
 def test_a_kernel_without_a_schedule_is_named():
   found = _estimate()
   assert found.unknown_kernels == ("kernel.1", "twin.1")
-  assert found.seconds("schedule") == 0
+  # But for the bytes that the one says it moves.
+  assert found.seconds("schedule") == 40
 
 
 def test_groups_by_rows_of_a_transposed_mesh():

@@ -27,10 +27,11 @@ from aquila_jax.kernels.expert_ffn import swiglu
 from aquila_jax.kernels.expert_ffn.tpu_passes import (
   Operands,
   by_rows,
+  deep,
   dot,
   outer,
 )
-from aquila_jax.kernels.expert_ffn.tpu_tiles import Chip, with_rows_that_fit
+from aquila_jax.kernels.expert_ffn.tpu_tiles import Chip, Deep
 from aquila_jax.kernels.expert_ffn.tpu_visits import Visits
 from aquila_jax.kernels.target import target
 
@@ -39,6 +40,11 @@ Kernels = tuple[
 ]
 # Of a tile, in products of rows and in the gradients of kernels.
 TILE_ROWS = (256, 512)
+# Where a step takes a part of what is summed over, its tile of rows is these in
+# one, for each of which kernels are fetched; what such a kernel's name ends in.
+DEEP_TILES, DEEP = 4, "_deep"
+# Those that make the gradients of kernels.
+OF_KERNELS = ("expert_gate_up_gradient", "expert_down_gradient")
 
 
 def expert_ffn(
@@ -120,13 +126,13 @@ def chip_of(
   is_absent = device_kind is None and target().platform != "tpu"
   if is_absent and not interpret:
     raise NotImplementedError("implementation='pallas_tpu' needs a TPU")
-  chip = Chip.of(
+  return Chip.of(
     device_kind or target().device_kind,
     rows=tile_rows[0],
     outer_rows=tile_rows[1],
+    deep_rows=DEEP_TILES * tile_rows[0],
     interpret=interpret,
   )
-  return with_rows_that_fit(chip, kernels[0])
 
 
 def _on_same_axes(*arguments):
@@ -161,9 +167,8 @@ def _forward(chip, rows, kernels, group_rows):
 
 def _backward(chip, residuals, out_grad):
   rows, kernels, group_rows, g, u = residuals
-  visits = _visits(rows, group_rows, chip=chip)
   dx, dg, du, hidden, _ = _gradients_of_rows(
-    out_grad, g, u, kernels, visits=visits, chip=chip
+    out_grad, g, u, kernels, group_rows, chip=chip
   )
   grads = _gradients_of_kernels(
     (rows, [dg, du]),
@@ -181,13 +186,15 @@ def _gradients_of_kernels(
   """Of rows and the gradients of their products; hidden, and the outputs'."""
   passed = functools.partial(
     outer,
-    visits=_visits(gate_up[0], group_rows, chip=chip, outer=True),
+    visits=_visits(
+      gate_up[0], group_rows, tile_rows=chip.outer_rows, empty_experts=True
+    ),
     num_experts=num_experts,
     chip=chip,
   )
-  gate_grad, up_grad = passed(*gate_up, name="expert_gate_up_gradient")
+  gate_grad, up_grad = passed(*gate_up, name=OF_KERNELS[0])
   hidden, out_grad = down
-  (down_grad,) = passed(hidden, [out_grad], name="expert_down_gradient")
+  (down_grad,) = passed(hidden, [out_grad], name=OF_KERNELS[1])
   return gate_grad, up_grad, down_grad
 
 
@@ -226,10 +233,9 @@ def weighted_gradients(
     The gradients of rows, which are still to be weighed, of weights, float32,
     and of kernels.
   """
-  visits = _visits(rows, group_rows, chip=chip)
   g, u = kept
   dx, dg, du, hidden, sums = _gradients_of_rows(
-    out_grad, g, u, kernels, visits=visits, chip=chip, with_sums=True
+    out_grad, g, u, kernels, group_rows, chip=chip, with_sums=True
   )
 
   def weighed(x):
@@ -247,13 +253,61 @@ def weighted_gradients(
   return dx, jnp.sum(sums, axis=-1), grads
 
 
-def _visits(rows, group_rows, *, chip: Chip, outer: bool = False) -> Visits:
-  tile_rows = chip.outer_rows if outer else chip.rows
+def _visits(
+  rows, group_rows, *, tile_rows: int, empty_experts: bool = False
+) -> Visits:
   return Visits.of_rows(
     group_rows,
     num_rows=rows.shape[0],
     tile_rows=min(tile_rows, rows.shape[0]),
-    empty_experts=outer,
+    empty_experts=empty_experts,
+  )
+
+
+def _products(
+  body,
+  xs: Sequence[jax.Array],
+  kernels: Sequence[tuple[jax.Array, int]],
+  group_rows: jax.Array,
+  *,
+  chip: Chip,
+  name: str,
+) -> jax.Array:
+  """The sum of x W over the xs, W of the rows' experts, by what moves less.
+
+  That is `body` of all of x and as many columns of W as a core holds, for which
+  x is fetched again for every tile of columns, or parts of both.
+
+  Args:
+    body: of a tile of the xs, then of the kernels.
+    xs: [R K].
+    kernels: of each, with its axis of columns, [E K N] or [E N K].
+    group_rows: of the groups.
+    chip: of `chip_of`.
+    name: of the kernel, with DEEP behind it in the other case.
+
+  Returns:
+    [R N].
+  """
+  visited = functools.partial(_visits, xs[0], group_rows)
+  operands = Operands(whole=xs, kernels=kernels, num_outputs=1)
+  visits = visited(tile_rows=operands.rows_that_fit(chip))
+  columns = operands.columns(tile_rows=visits.tile_rows, chip=chip)
+  tile = Deep.of(
+    num_rows=xs[0].shape[0],
+    depth=xs[0].shape[1],
+    width=operands.width,
+    num_experts=len(group_rows),
+    num_products=len(xs),
+    itemsize=xs[0].dtype.itemsize,
+    chip=chip,
+  )
+  fits = operands.held(columns, tile_rows=visits.tile_rows) <= chip.budget
+  if tile is None or (fits and operands.moved(columns) <= tile.moved):
+    return by_rows(body, operands, visits=visits, chip=chip, name=name)[0]
+  visits = visited(tile_rows=tile.rows)
+  return deep(
+    xs, kernels, visits=visits, tile=tile, chip=chip, name=f"{name}{DEEP}"
   )
 
 
@@ -280,7 +334,7 @@ def outputs(
     Outputs, zeros behind the groups; and the two that are kept, [R F].
   """
   gate, up, down = kernels
-  visits = _visits(rows, group_rows, chip=chip)
+  visits = _visits(rows, group_rows, tile_rows=chip.rows)
   passed = functools.partial(by_rows, visits=visits, chip=chip)
   operands = Operands(
     whole=[rows],
@@ -294,13 +348,14 @@ def outputs(
     whole=[rows], kernels=[(gate, 2), (up, 2)], num_outputs=3 if keep else 1
   )
   hidden, *kept = passed(_gated, hidden_operands, name="expert_gate_up")
-  out_operands = Operands(whole=[hidden], kernels=[(down, 2)], num_outputs=1)
-  (out,) = passed(_product, out_operands, name="expert_down")
+  out = _products(
+    _product, [hidden], [(down, 2)], group_rows, chip=chip, name="expert_down"
+  )
   return out, *kept
 
 
 def _gradients_of_rows(
-  dy, g, u, kernels, *, visits: Visits, chip: Chip, with_sums: bool = False
+  dy, g, u, kernels, group_rows, *, chip: Chip, with_sums: bool = False
 ):
   """dx, dg, du and hidden: in one visit where a core has all of an expert.
 
@@ -308,6 +363,7 @@ def _gradients_of_rows(
   sums, parts of each row's sum of hidden * its gradient, [R _]; else None.
   """
   gate, up, down = kernels
+  visits = _visits(dy, group_rows, tile_rows=chip.rows)
   passed = functools.partial(by_rows, visits=visits, chip=chip)
   hidden_operands = Operands(
     whole=[dy],
@@ -335,10 +391,14 @@ def _gradients_of_rows(
     in_place=True,
     name="expert_hidden_gradients",
   )
-  rows_operands = Operands(
-    whole=[dg, du], kernels=[(gate, 1), (up, 1)], num_outputs=1
+  dx = _products(
+    _rows_gradient,
+    [dg, du],
+    [(gate, 1), (up, 1)],
+    group_rows,
+    chip=chip,
+    name="expert_rows_gradient",
   )
-  (dx,) = passed(_rows_gradient, rows_operands, name="expert_rows_gradient")
   return dx, dg, du, hidden, sums[0] if sums else None
 
 

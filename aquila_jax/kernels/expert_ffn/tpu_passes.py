@@ -1,7 +1,8 @@
 """A Pallas kernel over groups of rows on a TPU: products, and outer products.
 
-`by_rows` is for what rows and the kernels of their expert make; `outer` for the
-gradients of these kernels. pallas_tpu.py says what is computed in a step.
+`by_rows` is for what rows and the kernels of their expert make, `deep` for what
+they make over more than a core holds, `outer` for the gradients of these
+kernels. pallas_tpu.py says what is computed in a step.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float
 from aquila_jax.kernels.expert_ffn.tpu_tiles import (
   LANES,
   Chip,
+  Deep,
   tile_of_columns,
   tiles_of_both,
 )
@@ -78,6 +80,29 @@ class Operands:
     sums = 3 * 4 * tile_rows * LANES if self.has_sums else 0
     return 2 * size * moved + 4 * products + size * tile_rows * made + sums
 
+  def rows_that_fit(self, chip: Chip) -> int:
+    """Of a tile, halved while not even the fewest columns fit beside it."""
+    rows = chip.rows
+    while rows > LANES and self.held(LANES, tile_rows=rows) > chip.budget:
+      rows //= 2
+    return rows
+
+  def columns(self, *, tile_rows: int, chip: Chip) -> int:
+    """Of a tile of N."""
+    held = functools.partial(self.held, tile_rows=tile_rows)
+    return tile_of_columns(self.width, held, chip=chip)
+
+  def moved(self, columns: int) -> int:
+    """Numbers to and from a core."""
+    num_tiles, num_rows = pl.cdiv(self.width, columns), self.whole[0].shape[0]
+    made = sum(self.output_widths(self.width))
+    made += num_tiles * LANES if self.has_sums else 0
+    read = num_tiles * sum(x.size for x in self.whole)
+    read += sum(x.size for x in self.tiled)
+    return (
+      num_rows * made + read + sum(kernel.size for kernel, _ in self.kernels)
+    )
+
   def fit_as_one_tile(self, tile_rows: int, chip: Chip) -> bool:
     """Whether a core has all columns in a step; two share tiles of them."""
     held = self.held(self.width, tile_rows=tile_rows)
@@ -110,8 +135,7 @@ def by_rows(
   whole, tiled, kernels = operands.whole, operands.tiled, operands.kernels
   tile_rows, width = visits.tile_rows, operands.width
   num_rows, dtype = whole[0].shape[0], whole[0].dtype
-  held = functools.partial(operands.held, tile_rows=tile_rows)
-  columns = tile_of_columns(width, held, chip=chip)
+  columns = operands.columns(tile_rows=tile_rows, chip=chip)
   assert columns == width or not operands.whole_outputs, columns
   num_tiles = pl.cdiv(width, columns)
   # Of a step, and of the arrays.
@@ -148,9 +172,7 @@ def by_rows(
     step = pl.program_id(1)
     left = width - pl.program_id(0) * columns if width % columns else None
     first, end = first_ref[step], end_ref[step]
-    is_new = (step == 0) | (
-      tile_ref[jnp.maximum(step - 1, 0)] != tile_ref[step]
-    )
+    is_new = _is_new(tile_ref, step)
     is_part = (first < end) & (end - first < tile_rows)
 
     @pl.when(is_new & (first == end))
@@ -185,8 +207,6 @@ def by_rows(
   tile_of_them = pl.BlockSpec((tile_rows, columns), tile_at)
   tile_of_sums = [pl.BlockSpec((tile_rows, LANES), tile_at)]
   arrays = [*whole, *tiled, *(kernel for kernel, _ in kernels)]
-  moved = num_tiles * sum(x.size for x in whole)
-  moved += sum(x.size for x in (*arrays[len(whole) :], *outs))
   call = pl.pallas_call(
     run,
     out_shape=tuple(outs),
@@ -214,7 +234,7 @@ def by_rows(
     cost_estimate=pl.CostEstimate(
       flops=2 * num_rows * operands.weights * width,
       transcendentals=num_rows * width,
-      bytes_accessed=dtype.itemsize * moved,
+      bytes_accessed=dtype.itemsize * operands.moved(columns),
     ),
     interpret=chip.interpret,
     name=name,
@@ -278,10 +298,7 @@ def outer(
         total[...] += dot(x_ref[...], y_ref[...], contract=(0, 0))
 
     # Of a tile that experts share, the halves that have rows of this one.
-    for start in range(0, tile_rows, part_rows):
-      part = pl.ds(start, part_rows)
-      begin = jnp.clip(first - start, 0, part_rows)
-      stop = jnp.clip(end - start, 0, part_rows)
+    for part, begin, stop in _parts(first, end, tile_rows, part_rows):
 
       @pl.when((begin < stop) & jnp.logical_not(is_whole))
       def _(part=part, begin=begin, stop=stop):
@@ -321,6 +338,148 @@ def outer(
     name=name,
   )
   return tuple(call(*visits.arrays, x, *ys))
+
+
+def deep(
+  xs: Sequence[Float[Array, "R K"]],
+  kernels: Sequence[tuple[Float[Array, "E _ _"], int]],
+  *,
+  visits: Visits,
+  tile: Deep,
+  chip: Chip,
+  name: str,
+) -> Float[Array, "R N"]:
+  """The sum of x W over the xs, W of the expert of each row; else zeros.
+
+  Of a long K that a core does not hold for many columns at once: a step takes a
+  part of it, and the sums stay until the last.
+
+  Args:
+    xs: rows.
+    kernels: of the xs, each with its axis of length N.
+    visits: the steps.
+    tile: see Deep.
+    chip: see Chip.
+    name: of the kernel.
+
+  Returns:
+    The products.
+  """
+  dtype, tile_rows = xs[0].dtype, visits.tile_rows
+  num_rows, depth = xs[0].shape
+  array, axis = kernels[0]
+  width = array.shape[axis]
+  num_parts = depth // tile.depth
+
+  def part_at(step, part, first, end):
+    # Nothing is fetched for a step without rows.
+    return jnp.where(first[step] < end[step], part, num_parts - 1)
+
+  def x_at(column, step, part, tile_ref, expert_ref, first, end):
+    del column, expert_ref
+    return tile_ref[step], part_at(step, part, first, end)
+
+  def kernel_at(column, step, part, tile_ref, expert_ref, first, end, *, axis):
+    del tile_ref
+    place = [expert_ref[step], *[part_at(step, part, first, end)] * 2]
+    place[axis] = column
+    return tuple(place)
+
+  def out_at(column, step, part, tile_ref, *refs):
+    del part, refs
+    return tile_ref[step], column
+
+  def kernel_spec(axis):
+    shape = [None, tile.depth, tile.depth]
+    shape[axis] = tile.columns
+    return pl.BlockSpec(tuple(shape), functools.partial(kernel_at, axis=axis))
+
+  def run(tile_ref, expert_ref, first_ref, end_ref, *refs):
+    del expert_ref
+    *inputs, out, total = refs
+    step, part = pl.program_id(1), pl.program_id(2)
+    first, end = first_ref[step], end_ref[step]
+    is_new = _is_new(tile_ref, step)
+    is_whole = end - first == tile_rows
+    is_last = part == num_parts - 1
+
+    def add(rows):
+      made = sum(
+        dot(x[rows, :], kernel[...], contract=(1, 2 - axis))
+        for x, kernel, (_, axis) in zip(
+          inputs[: len(xs)], inputs[len(xs) :], kernels, strict=True
+        )
+      )
+      total[rows, :] += made
+
+    @pl.when((part == 0) & (first < end))
+    def _():
+      total[...] = jnp.zeros_like(total)
+
+    @pl.when(is_whole)
+    def _():
+      add(slice(None))
+
+    for rows, begin, stop in _parts(first, end, tile_rows, tile.part_rows):
+
+      @pl.when((begin < stop) & jnp.logical_not(is_whole))
+      def _(rows=rows):
+        add(rows)
+
+    @pl.when(is_last & is_new & (first == end))
+    def _():
+      out[...] = jnp.zeros_like(out)
+
+    @pl.when(is_last & is_whole)
+    def _():
+      out[...] = total[...].astype(out.dtype)
+
+    @pl.when(is_last & (first < end) & jnp.logical_not(is_whole))
+    def _():
+      others = jnp.where(is_new, 0.0, out[...].astype(jnp.float32))
+      made = _only(first, end, total[...], others=others)
+      out[...] = made.astype(out.dtype)
+
+  out = _like(xs[0], (num_rows, width), dtype)
+  num_columns = pl.cdiv(width, tile.columns)
+  num_steps = visits.tile.shape[0]
+  call = pl.pallas_call(
+    run,
+    out_shape=out,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=4,
+      grid=(num_columns, num_steps, num_parts),
+      in_specs=[
+        *[pl.BlockSpec((tile_rows, tile.depth), x_at)] * len(xs),
+        *(kernel_spec(axis) for _, axis in kernels),
+      ],
+      out_specs=pl.BlockSpec((tile_rows, tile.columns), out_at),
+      scratch_shapes=[pltpu.VMEM((tile_rows, tile.columns), jnp.float32)],
+    ),
+    compiler_params=_params(chip, num_dimensions=3),
+    cost_estimate=pl.CostEstimate(
+      flops=2 * len(xs) * num_rows * depth * width,
+      transcendentals=0,
+      bytes_accessed=dtype.itemsize * tile.moved,
+    ),
+    interpret=chip.interpret,
+    name=name,
+  )
+  return call(*visits.arrays, *xs, *(kernel for kernel, _ in kernels))
+
+
+def _is_new(tile_ref, step):
+  """Whether the step before had another tile of rows."""
+  before = tile_ref[jnp.maximum(step - 1, 0)]
+  return (step == 0) | (before != tile_ref[step])
+
+
+def _parts(first, end, tile_rows: int, part_rows: int):
+  """Of a tile, the parts: where they are, and of [first, end) their share."""
+  for start in range(0, tile_rows, part_rows):
+    begin = jnp.clip(first - start, 0, part_rows)
+    stop = jnp.clip(end - start, 0, part_rows)
+    yield pl.ds(start, part_rows), begin, stop
 
 
 def _sum_to_lanes(x: jax.Array, left: jax.Array | None) -> jax.Array:

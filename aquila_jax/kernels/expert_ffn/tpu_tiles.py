@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float
 
 from aquila_jax.kernels.target import num_cores
 
@@ -24,6 +24,9 @@ _MEMORY = {
   "TPU7x": 64 * _MIB,
 }
 _LEAST_MEMORY = 16 * _MIB
+# Rows and columns of what a matrix unit holds of the right factor; others' are
+# as many as lanes.
+_PRODUCT = {"TPU v6 lite": 256, "TPU v6e": 256, "TPU7x": 256}
 
 
 def vector_memory(device_kind: str) -> int:
@@ -42,8 +45,10 @@ class Chip:
 
   num_cores: int  # of one device of JAX
   memory: int  # bytes of a core
+  product: int  # rows and columns of a factor that a matrix unit holds
   rows: int  # of a tile
   outer_rows: int  # of a tile, in the gradients of kernels
+  deep_rows: int  # of a tile, where a step takes a part of what is summed over
   interpret: bool
 
   @classmethod
@@ -52,8 +57,13 @@ class Chip:
     return cls(
       num_cores=num_cores(device_kind),
       memory=vector_memory(device_kind),
+      product=_PRODUCT.get(device_kind, LANES),
       **fields,
     )
+
+  def filled_up(self, length: int) -> int:
+    """What a matrix unit takes for an axis of that length."""
+    return pl.cdiv(length, self.product) * self.product
 
   @property
   def budget(self) -> int:
@@ -79,7 +89,7 @@ def tile_of_columns(
   for size in _sizes(length):
     if held(size) <= chip.budget:
       of_core = pl.cdiv(pl.cdiv(length, size), chip.num_cores)
-      found.append((of_core * pl.cdiv(size, LANES) * LANES, of_core, size))
+      found.append((of_core * chip.filled_up(size), of_core, size))
   return min(found)[2] if found else _sizes(length)[-1]
 
 
@@ -97,7 +107,7 @@ def tiles_of_both(
         continue
       tiles = pl.cdiv(depth, rows), pl.cdiv(width, columns)
       read = depth * tiles[1] + width * tiles[0]
-      one = rows * pl.cdiv(columns, LANES) * LANES
+      one = rows * chip.filled_up(columns)
       for order in ((0, 1), (1, 0)):
         of_core = pl.cdiv(tiles[order[0]], chip.num_cores) * tiles[order[1]]
         found.append((of_core * one, read, (rows, columns), order))
@@ -106,12 +116,68 @@ def tiles_of_both(
   return min(found)[2:]
 
 
-def with_rows_that_fit(chip: Chip, gate: Float[Array, "E D F"]) -> Chip:
-  """Tiles halved, while two hidden gradients leave little of the budget.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Deep:
+  """Tiles of a product of rows over K, in steps over parts of K."""
 
-  For the rows' gradients both are held whole, of this tile and the next.
-  """
-  rows, row_bytes = chip.rows, 2 * 2 * gate.shape[2] * gate.dtype.itemsize
-  while rows > LANES and rows * row_bytes > chip.budget * 3 // 4:
-    rows //= 2
-  return dataclasses.replace(chip, rows=rows)
+  rows: int  # of a tile
+  part_rows: int  # that are left out of it together, where they are others'
+  depth: int  # of a step; divides K
+  columns: int
+  moved: int  # numbers, of the product
+
+  @classmethod
+  def of(
+    cls,
+    *,
+    num_rows: int,
+    depth: int,
+    width: int,
+    num_experts: int,
+    num_products: int,
+    itemsize: int,
+    chip: Chip,
+  ) -> Deep | None:
+    """The one that computes least, then moves least, then has the fewest steps.
+
+    Args:
+      num_rows: R.
+      depth: K.
+      width: N.
+      num_experts: E.
+      num_products: that are added.
+      itemsize: of a number.
+      chip: what it is compiled for.
+
+    Returns:
+      The tiles; None where K has no parts of whole lanes, or none fit.
+    """
+    rows = min(chip.deep_rows, num_rows)
+    depths = [
+      size for size in range(LANES, depth + 1, LANES) if depth % size == 0
+    ]
+    steps = pl.cdiv(num_rows, rows) + num_experts
+    found = []
+    for columns, size in itertools.product(_sizes(width), depths):
+      num_tiles = pl.cdiv(width, columns)
+      moved = rows * size * num_products + size * columns * num_products
+      moved += rows * columns
+      held = 2 * itemsize * moved + 2 * 4 * rows * columns
+      if held > chip.budget or num_tiles % chip.num_cores:
+        continue
+      in_all = num_tiles * num_rows * depth * num_products
+      in_all += steps * depth * width * num_products + num_rows * width
+      computed = num_tiles * chip.filled_up(columns)
+      computed *= depth // size * chip.filled_up(size)
+      found.append((computed, in_all, -size, columns))
+    if not found:
+      return None
+    _, in_all, size, columns = min(found)
+    part_rows = chip.rows if rows % chip.rows == 0 else rows
+    return cls(
+      rows=rows,
+      part_rows=part_rows,
+      depth=-size,
+      columns=columns,
+      moved=in_all,
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from aquila_jax.kernels.expert_ffn import pallas_tpu, reference, tpu_tiles
+from aquila_jax.kernels.expert_ffn.tpu_passes import Operands
 from aquila_jax.kernels.expert_ffn.tpu_visits import Visits
 from tests.kernels.expert_ffn import contract
 
@@ -127,14 +127,24 @@ def test_tiles_in_which_experts_meet_in_half_precision(loads, tile_rows, kind):
   np.testing.assert_array_equal(found[1][sum(loads) :], 0)
 
 
-def test_one_core_whose_memory_an_expert_exceeds():
-  """16 MiB: gate, up and down of one are 14 of them twice."""
+@pytest.mark.parametrize(
+  ("width", "hidden", "behind"), [(256, 2304, ""), (128, 16384, "_deep")]
+)
+def test_one_core_whose_memory_an_expert_exceeds(width, hidden, behind):
+  """16 MiB: gate, up and down of one are more; so is a tile of all units."""
   rows, kernels, grad, blocks = _case(
-    (1, 0, 3), num_blocks=5, width=256, hidden=2304
+    (1, 0, 3), num_blocks=5, width=width, hidden=hidden
   )
-  kernels = jax.tree.map(lambda kernel: kernel / 4, kernels)
+  kernels = jax.tree.map(lambda kernel: kernel * 12 / hidden**0.5, kernels)
   call = functools.partial(_CALL, tile_rows=(16, 16), device_kind="TPU v3")
-  assert _kernels_of(call, rows, kernels, blocks) >= _TWO
+  assert _kernels_of(call, rows, kernels, blocks) == {
+    "expert_ffn",  # the function itself
+    *pallas_tpu.OF_KERNELS,
+    "expert_gate_up",
+    f"expert_down{behind}",
+    "expert_hidden_gradients",
+    f"expert_rows_gradient{behind}",
+  }
   _agree(
     _run(call, rows, kernels, grad, blocks),
     _run(reference.expert_ffn, rows, kernels, grad, blocks),
@@ -273,11 +283,23 @@ def test_other_dtypes_are_refused():
 
 
 @pytest.mark.parametrize(
-  ("embed_dim", "mlp_dim", "rows"),
-  [(4096, 14336, 256), (5120, 20480, 128)],  # Mixtral's, AquilaMoE-8x16B's
+  # Mixtral's, AquilaMoE-8x16B's
+  ("width", "hidden", "rows"),
+  [(4096, 14336, 256), (5120, 20480, 128)],
 )
-def test_a_tile_of_rows_fits_beside_wide_experts(embed_dim, mlp_dim, rows):
-  gate: Any = jax.ShapeDtypeStruct((8, embed_dim, mlp_dim), jnp.bfloat16)
-  chip = tpu_tiles.Chip.of("TPU v5", rows=256, outer_rows=512, interpret=False)
-  fit: Any = tpu_tiles.with_rows_that_fit
-  assert getattr(fit, "__wrapped__", fit)(chip, gate).rows == rows
+def test_a_tile_of_rows_fits_beside_wide_experts(width, hidden, rows):
+  """Where a step takes all that is summed over: two gradients of units."""
+  chip = tpu_tiles.Chip.of(
+    "TPU v5", rows=256, outer_rows=512, deep_rows=1024, interpret=False
+  )
+
+  def check(x, kernel):
+    operands = Operands(whole=[x, x], kernels=2 * [(kernel, 1)], num_outputs=1)
+    assert operands.rows_that_fit(chip) == rows
+    assert operands.held(128, tile_rows=rows) <= chip.budget
+
+  jax.eval_shape(
+    check,
+    jax.ShapeDtypeStruct((1024, hidden), jnp.bfloat16),
+    jax.ShapeDtypeStruct((8, width, hidden), jnp.bfloat16),
+  )
