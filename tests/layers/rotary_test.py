@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from aquila_jax.core.model_config import LinearRopeScaling, Llama3RopeScaling
+from aquila_jax.kernels.target import Target, compiling_for
 from aquila_jax.layers import rotary
+
+_TPU = Target(platform="tpu", device_kind="TPU v6 lite")
+_CPU = Target(platform="cpu", device_kind="cpu")
 
 
 def _rotate(x, positions, *, theta=100.0):
@@ -72,6 +77,48 @@ def test_half_precision_is_rotated_in_float32():
   np.testing.assert_array_equal(
     np.asarray(out), np.asarray(wide.astype(jnp.bfloat16))
   )
+
+
+def _turned(x, upstream, *, target):
+  """A rotation and its gradient, as they are traced for such devices."""
+  batch, length, head_dim = x.shape[0], x.shape[1], x.shape[-1]
+  positions = 37 * jnp.arange(batch * length).reshape(batch, length)
+  tables = rotary.rotary_tables(positions, head_dim=head_dim, theta=1e4)
+  with compiling_for(target):
+    out, pull = jax.vjp(lambda x: rotary.rotate(x, tables), x)
+    return out, *pull(upstream)
+
+
+@pytest.mark.parametrize("heads", [(), (2,), (2, 3)])
+def test_halves_that_a_tpu_exchanges_by_a_product_are_the_same(heads):
+  rng = np.random.default_rng(4)
+  x, upstream = (
+    jnp.asarray(rng.normal(size=(2, 5, *heads, 8)), jnp.bfloat16)
+    for _ in range(2)
+  )
+  found = _turned(x, upstream, target=_TPU)
+  expected = _turned(x, upstream, target=_CPU)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_remat_of_products_saves_no_exchanged_halves():
+  x = jnp.ones((2, 5, 8), jnp.bfloat16)
+  tables = rotary.rotary_tables(
+    jnp.ones((2, 5), jnp.int32), head_dim=8, theta=1e4
+  )
+
+  def layer(kernel):
+    turned = rotary.rotate(jnp.tensordot(x, kernel, axes=1), tables)
+    return jnp.sum(jnp.sin(turned))
+
+  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  with compiling_for(_TPU):
+    _, pull = jax.vjp(
+      jax.checkpoint(layer, policy=policy), jnp.ones((8, 8), jnp.bfloat16)
+    )
+  products = [leaf for leaf in jax.tree.leaves(pull) if leaf.shape == x.shape]
+  # Of which layer() has one, beside x itself.
+  assert len(products) <= 2
 
 
 def _llama3_frequency(frequency: float, scaling: Llama3RopeScaling) -> float:
