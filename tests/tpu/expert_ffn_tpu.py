@@ -111,6 +111,15 @@ def test_small_experts_get_most_of_the_rate_of_large_ones(topology, share):
   assert small[share] >= 0.8 * large[share]
 
 
+@pytest.mark.parametrize("topology", list(BARS))
+def test_experts_of_which_a_core_holds_a_part_wait_for_no_memory(topology):
+  """4 of 20480 units: summed over in parts, rows are fetched once or twice."""
+  row = measured(topology, 3)
+  deep = {name for name in row["parts"] if pallas_tpu.DEEP in name}
+  assert len(deep) == 2
+  assert row["roofline_mfu"] >= 0.99 * row["mfu"] >= 0.99 * 0.85
+
+
 @pytest.mark.parametrize("pod", ["v5p:4x4x4", "v6e:8x8"])
 def test_each_shard_of_a_pod_has_kernels(pod):
   """Inside of shard_map, with types checked; kernels are shared by shards."""

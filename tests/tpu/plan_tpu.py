@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -25,20 +26,25 @@ def _plan(*flags: str) -> subprocess.CompletedProcess[str]:
   )
 
 
+def _said(tmp_path: pathlib.Path, *flags: str) -> tuple[dict[str, Any], str]:
+  """The JSON of a plan that succeeds, and its table."""
+  output = tmp_path / "plan.json"
+  done = _plan(*flags, f"--output={output}")
+  assert done.returncode == 0, done.stderr
+  return json.loads(output.read_text()), done.stdout
+
+
 SMOKE = ("compile", "--config=experiments/configs/smoke.py")
 
 
 def test_a_mixture_over_experts(tmp_path):
-  output = tmp_path / "plan.json"
-  done = _plan(
+  said, table = _said(
+    tmp_path,
     *SMOKE,
     "--stage=scale_out",
     "--topology=v5e:2x2",
     "--config.mesh.expert=2",
-    f"--output={output}",
   )
-  assert done.returncode == 0, done.stderr
-  said = json.loads(output.read_text())
   assert said["fits"]
   assert said["mesh"] == dict(data=2, fsdp=1, expert=2, sequence=1, tensor=1)
   kinds = {(one["kind"], *one["axes"]) for one in said["collectives"]}
@@ -48,23 +54,20 @@ def test_a_mixture_over_experts(tmp_path):
   assert said["seconds"]["kernels"] > 0
   assert said["seconds"]["kernels_without_schedule"] == []
   assert 0 < said["mfu"] < 1
-  assert "ragged-all-to-all" in done.stdout
+  assert "ragged-all-to-all" in table
 
 
 def test_tokens_of_a_row_over_devices(tmp_path):
   """A device has the keys and values of a whole row, of its heads alone."""
-  output = tmp_path / "plan.json"
-  done = _plan(
+  said, _ = _said(
+    tmp_path,
     *SMOKE,
     "--stage=scale_out",
     "--topology=v5e:2x2",
     "--config.mesh.data=1",
     "--config.mesh.fsdp=2",
     "--config.mesh.sequence=2",
-    f"--output={output}",
   )
-  assert done.returncode == 0, done.stderr
-  said = json.loads(output.read_text())
   assert said["fits"]
   assert said["mesh"] == dict(data=1, fsdp=2, expert=1, sequence=2, tensor=1)
   assert any("sequence" in one["axes"] for one in said["collectives"])
@@ -74,8 +77,8 @@ def test_what_the_compiler_overlaps_is_counted(tmp_path):
   """Gathering of kernels beside compute, where it is asked for."""
   seconds = {}
   for asked in ("True", "False"):
-    output = tmp_path / f"{asked}.json"
-    done = _plan(
+    said, _ = _said(
+      tmp_path,
       *SMOKE,
       "--stage=scale_out",
       "--topology=v6e:2x4",
@@ -84,10 +87,8 @@ def test_what_the_compiler_overlaps_is_counted(tmp_path):
       "--config.mesh.expert=2",
       "--config.stages.scale_out.train.batch_size=16",
       f"--config.stages.scale_out.train.overlap_collectives={asked}",
-      f"--output={output}",
     )
-    assert done.returncode == 0, done.stderr
-    seconds[asked] = json.loads(output.read_text())["seconds"]
+    seconds[asked] = said["seconds"]
   asked, not_asked = seconds["True"], seconds["False"]
   assert asked["with_full_overlap"] < asked["as_scheduled"]
   assert asked["as_scheduled"] < asked["without_overlap"]
@@ -98,34 +99,28 @@ def test_what_the_compiler_overlaps_is_counted(tmp_path):
 
 def test_axes_may_lie_along_parts_of_a_dimension(tmp_path):
   """Of 4 x 4 chips, 8 and 2; and a dense kernel is gathered, not the tokens."""
-  output = tmp_path / "plan.json"
-  done = _plan(
+  said, _ = _said(
+    tmp_path,
     *SMOKE,
     "--stage=scale_up",
     "--topology=v6e:4x4",
     "--config.mesh.data=2",
     "--config.mesh.fsdp=8",
     "--config.stages.scale_up.train.batch_size=16",
-    f"--output={output}",
   )
-  assert done.returncode == 0, done.stderr
-  said = json.loads(output.read_text())
   assert said["mesh"]["fsdp"] == 8
   assert said["memory"]["total"] < 2**30
   assert said["fits"]
 
 
 def test_a_growth_fits(tmp_path):
-  output = tmp_path / "growth.json"
-  done = _plan(
+  said, _ = _said(
+    tmp_path,
     "growth",
     "--config=experiments/configs/smoke.py",
     "--stage=scale_out",
     "--topology=v5e:2x2",
-    f"--output={output}",
   )
-  assert done.returncode == 0, done.stderr
-  said = json.loads(output.read_text())
   assert said["fits"]
   # Parameters and both moments; more while the training's state is made.
   assert said["placing"] > said["held"] > said["target_bytes"] / 4
