@@ -285,15 +285,6 @@ def _calls(schedule: Schedule) -> dict[str, float]:
   return calls
 
 
-def _tile_rows(kernel: Kernel) -> tuple[int, int]:
-  """Of one of ours: a tile, and parts of it that are taken one by one."""
-  tile, outer_tile = pallas_tpu.TILE_ROWS
-  if pallas_tpu.DEEP in kernel.name:
-    return pallas_tpu.DEEP_TILES * tile, tile
-  is_outer = len(kernel.computing) > 1
-  return (outer_tile, outer_tile // 2) if is_outer else (tile, tile)
-
-
 def _times(kernel: Kernel, work: Workload, columns: float) -> dict[Branch, Any]:
   """How often branches are taken, for a tile of columns or a part of sums."""
   computing = kernel.computing
@@ -307,7 +298,7 @@ def _times(kernel: Kernel, work: Workload, columns: float) -> dict[Branch, Any]:
     return {before[-1]: experts, computing[0]: visits, behind[0]: experts}
   if "expert_" not in name:
     raise ValueError(f"{name}: not a kernel whose branches are known")
-  tile, part = _tile_rows(kernel)
+  tile, part = pallas_tpu.tile_rows_of(kernel.name)
   visits = _visits(loads, tile)
   parts = [visit for visit in visits if visit != (0, tile)]
   unused = -(-rows // tile) - -(-int(loads.sum()) // tile)
@@ -340,7 +331,7 @@ def _cycles(
   loop = grid[0]
   products = np.asarray(kernel.products)
   if "expert_" in kernel.name:
-    tile, _ = _tile_rows(kernel)
+    tile, _ = pallas_tpu.tile_rows_of(kernel.name)
     rows = work.num_blocks * work.block_size
     steps = -(-rows // tile) + work.num_experts
     columns = (loop.trips or 1) / steps

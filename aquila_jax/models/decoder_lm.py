@@ -173,8 +173,8 @@ def add(
 ) -> Float[Array, "B T D"]:
   """The residual and a layer's output, which counts by `share`.
 
-  Added in float32, which rounds to the same numbers: a sum of bfloat16 with
-  nothing to be fused with takes the TPU's compiler twice as long (v6e).
+  Added in float32, which rounds to the same numbers: by its compiler's estimate
+  v6e takes longer for a sum of bfloat16 that nothing is fused with.
   """
   out = out if share is None else out * share.astype(out.dtype)
   wide = dtypes.at_least_float32(x.dtype)

@@ -14,12 +14,7 @@ from aquila_jax.core import errors
 from aquila_jax.core.experiment_config import ExperimentConfig, TrainConfig
 from aquila_jax.core.model_config import ModelConfig
 from aquila_jax.kernels.attention import splash
-from aquila_jax.kernels.expert_ffn.pallas_tpu import (
-  DEEP,
-  DEEP_TILES,
-  OF_KERNELS,
-  TILE_ROWS,
-)
+from aquila_jax.kernels.expert_ffn.pallas_tpu import DEEP, tile_rows_of
 from aquila_jax.kernels.target import Target, compiling_for
 from aquila_jax.layers.moe import expert_parallel
 from aquila_jax.pipeline import budget
@@ -277,11 +272,7 @@ def _experts_taken(kernel: Kernel, step: Step) -> Taken:
   """
   assert step.model.moe is not None
   experts = step.model.moe.num_experts // step.mesh.shape["expert"]
-  tile_rows = part_rows = TILE_ROWS[0]
-  if DEEP in kernel.name:
-    tile_rows *= DEEP_TILES
-  elif any(name in kernel.name for name in OF_KERNELS):
-    tile_rows, part_rows = TILE_ROWS[1], TILE_ROWS[1] // 2
+  tile_rows, part_rows = tile_rows_of(kernel.name)
   visits = math.ceil(step.rows() / tile_rows) + experts
   rows = step.tokens * step.model.moe.top_k + (experts - 1) * part_rows
   others = experts / visits

@@ -478,18 +478,19 @@ class _Reader:
       part = self._compute(one, shapes, trips=trips)
       return dataclasses.replace(part, carries=tuple(channels))
     # Compiled with the collective's steps, in the name of the fusion.
-    part = self._kernel(kernels[0], names=[one.name, kernels[0].name])
+    names = one.name, kernels[0].name
+    part = self._kernel(kernels[0], names=names, trips=trips)
     return dataclasses.replace(
       part,
       name=one.name,
-      trips=trips,
-      seconds=trips * part.seconds,
       op_name=_op_name(one),
       carries=tuple(channels),
     )
 
-  def _kernel(self, one: _Instruction, *, names: Sequence[str]) -> Part:
-    """One run: what it issues, under the first known name, or waits for."""
+  def _kernel(
+    self, one: _Instruction, *, names: Sequence[str], trips: int
+  ) -> Part:
+    """What it issues, under the first known name, or waits for."""
     known = [self.kernel_cycles[n] for n in names if n in self.kernel_cycles]
     if not known:
       self.unknown_kernels.append(names[0])
@@ -499,8 +500,8 @@ class _Reader:
     return Part(
       name=one.name,
       opcode=one.opcode,
-      trips=1,
-      seconds=max((known or [0])[0] / self.chip.cycles, fetching),
+      trips=trips,
+      seconds=trips * max((known or [0])[0] / self.chip.cycles, fetching),
       source="schedule",
       bytes=size,
       op_name=_op_name(one),
@@ -591,10 +592,7 @@ class _Reader:
     self, one: _Instruction, shapes: Mapping[str, str], *, trips: int
   ) -> Part:
     if _is_kernel(one):
-      part = self._kernel(one, names=[one.name])
-      return dataclasses.replace(
-        part, trips=trips, seconds=trips * part.seconds
-      )
+      return self._kernel(one, names=[one.name], trips=trips)
     cycles = _CYCLES.search(one.rest)
     size, source = 0, "estimate"
     if cycles is not None and int(cycles[1]) < _NO_ESTIMATE:

@@ -47,6 +47,19 @@ DEEP_TILES, DEEP = 4, "_deep"
 OF_KERNELS = ("expert_gate_up_gradient", "expert_down_gradient")
 
 
+def tile_rows_of(kernel_name: str) -> tuple[int, int]:
+  """Rows of a tile of one of these kernels, and of its parts.
+
+  A tile in which experts meet is taken part by part, by both where they do.
+  """
+  tile, outer_tile = TILE_ROWS
+  if DEEP in kernel_name:
+    return DEEP_TILES * tile, tile
+  if any(name in kernel_name for name in OF_KERNELS):
+    return outer_tile, outer_tile // 2
+  return tile, tile
+
+
 def expert_ffn(
   rows: Float[Array, "P Q D"],
   kernels: Kernels,
@@ -112,7 +125,7 @@ def chip_of(
     interpret: see there.
 
   Returns:
-    The chip, with tiles that fit it.
+    The chip.
 
   Raises:
     NotImplementedError: as `expert_ffn`.
