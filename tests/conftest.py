@@ -77,15 +77,22 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def rare_collections():
-  """What is imported is not searched for garbage, the rest seldom."""
-  # A twentieth of the time went there: traces make millions of objects, and
-  # few of them are in cycles.
+  """Garbage in cycles is looked for seldom, and not in what is imported."""
+  # An eighth of the time went there: traces make millions of objects that stay,
+  # and few that are in cycles.
   before = gc.get_threshold()
   gc.freeze()
-  gc.set_threshold(50_000, 5, 3)
+  gc.set_threshold(1_000_000, 5, 3)
   yield
   gc.set_threshold(*before)
-  gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collections_between_modules():
+  """What a module leaves is looked through once."""
+  yield
+  gc.collect()
+  gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ choice nor softmax, and what is left is scaled to the deviation of drawn rows.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,25 +79,16 @@ def scaled_rows(
   return rows * (std / size) if size else rows
 
 
-def affinity(
-  x: Float[np.ndarray, "M D"],
-  params: Mapping[str, np.ndarray],
+def _affinity(
+  x: Float[jax.Array, "M D"],
+  params: Mapping[str, jax.Array],
   *,
   config: ModelConfig,
 ) -> Affinity:
-  """What a router says of the tokens of a sample.
-
-  Args:
-    x: what the FFN reads.
-    params: of the router, in one layer.
-    config: of the model that has it.
-
-  Returns:
-    Its logits.
-  """
+  """What a router of one layer says of tokens, of what their FFN reads."""
   assert config.moe is not None
   found: Any = Router(config, config.moe).apply(
-    {"params": dict(params)}, jnp.asarray(x), valid=jnp.ones(len(x), bool)
+    {"params": dict(params)}, x, valid=jnp.ones(len(x), bool)
   )
   return found
 
@@ -112,8 +104,12 @@ def gate_sums(
   params = {"kernel": kernel}
   if config.moe.selection_bias:
     params["selection_bias"] = np.zeros(kernel.shape[1], kernel.dtype)
-  found = choose(affinity(x, params, config=config), config.moe)
-  return np.asarray(found.gates, np.float64).sum(-1)
+  return np.asarray(_gates(config, x, params), np.float64).sum(-1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gates(config, x, params) -> jax.Array:
+  return choose(_affinity(x, params, config=config), config.moe).gates
 
 
 def usage(
@@ -124,10 +120,14 @@ def usage(
 ) -> Float[np.ndarray, "E"]:
   """The share of the assignments that each expert gets."""
   assert config.moe is not None
-  found = affinity(x, params, config=config)
-  _, sums = make_choice(config.moe).dispatch(found, num_rows=1)
-  counts = np.asarray(sums.counts[0], np.float64)
+  counts = np.asarray(_counts(config, x, dict(params)), np.float64)
   return counts / counts.sum()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _counts(config, x, params) -> jax.Array:
+  found = _affinity(x, params, config=config)
+  return make_choice(config.moe).dispatch(found, num_rows=1)[1].counts[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

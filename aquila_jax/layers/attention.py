@@ -104,17 +104,16 @@ class Attention(nn.Module):
     if config.qk_norm:
       query, key = self._norm("query", query), self._norm("key", key)
     query, key = rotary.rotate(query, tables), rotary.rotate(key, tables)
-    if cache is None:
+    if self.is_initializing():
+      heads = query  # shapes are all that counts
+    elif cache is None:
       heads = api.causal_attention(
         query,
         key,
         value,
         segments=segments,
         window=config.sliding_window,
-        # Shapes are all that counts then, and the row may be of any length.
-        implementation="xla"
-        if self.is_initializing()
-        else config.attention_implementation,
+        implementation=config.attention_implementation,
         mesh_axes=_DIVIDED_TOKENS if self.token_parts > 1 else _MESH_AXES,
       )
     else:

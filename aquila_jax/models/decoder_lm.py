@@ -497,6 +497,11 @@ def _init_declared(
 
 def init_params(config: ModelConfig, *, key: jax.Array) -> Params:
   """Random parameters: plain nested dicts of arrays."""
+  return _init(config, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(config: ModelConfig, key: jax.Array) -> Params:
   return axes.split_declared(_init_declared(config, key))[0]
 
 

@@ -500,7 +500,19 @@ def _validation_loss(metrics: Any) -> float:
 
 def _registry() -> handlers.DefaultCheckpointHandlerRegistry:
   registry = handlers.DefaultCheckpointHandlerRegistry()
-  arrays = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
+  leaves = ocp.type_handlers.ArrayHandler(
+    # Orbax cuts a leaf that lies on all devices into as many pieces, each
+    # written from its own. In one process that divides no work, and each cut is
+    # a program to compile: a second of a first save.
+    use_replica_parallel=processes.are_several(),
+  )
+  arrays = ocp.PyTreeCheckpointHandler(
+    use_ocdbt=False,
+    use_zarr3=True,
+    type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+      (jax.Array, leaves)
+    ),
+  )
   registry.add("state", ocp.args.PyTreeSave, arrays)
   registry.add("state", ocp.args.PyTreeRestore, arrays)
   for name in ("progress", "config"):

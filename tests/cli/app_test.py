@@ -146,6 +146,8 @@ from aquila_jax.cli import app
 from aquila_jax.core import model_dir
 
 output, number = sys.argv.pop(), int(sys.argv.pop())
+# What a shell starts with & does not heed it, nor what that starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def main():
   with model_dir.new_directory(output) as partial:
     (partial / "half").write_text("")

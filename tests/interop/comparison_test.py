@@ -192,7 +192,7 @@ def test_best_gaps():
 def test_padding_changes_no_logit(length):
   tokens = (TEXT * 6)[:length]
   row = jnp.asarray(tokens)[None]
-  out = decoder_lm.DecoderLM(CONFIG).apply(
+  out = jax.jit(decoder_lm.DecoderLM(CONFIG).apply)(
     {"params": _params()},
     row,
     positions=jnp.arange(length)[None],

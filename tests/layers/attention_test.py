@@ -90,10 +90,14 @@ def _run(config, params, x, *, segments, positions, cache=None) -> Any:
   )
 
 
+_compiled = jax.jit(_run, static_argnums=0)
+
+
 @pytest.mark.parametrize("qkv_bias", [True, False])
 def test_layer_equals_head_by_head_products(qkv_bias):
   config, params, _, x = _layer(qkv_bias=qkv_bias)
-  out, cache = _run(config, params, x, segments=SEGMENTS, positions=POSITIONS)
+  rows = dict(segments=SEGMENTS, positions=POSITIONS)
+  out, cache = _compiled(config, params, x, **rows)
   assert cache is None
   tables = rotary.rotary_tables(jnp.asarray(POSITIONS), head_dim=4, theta=100.0)
   heads = {}
@@ -280,7 +284,8 @@ def test_cache_gives_what_the_whole_row_gives(steps):
 
 
 def _assert_cached_equals_whole(config, params, x, *, steps):
-  whole, _ = _run(config, params, x, segments=SEGMENTS, positions=POSITIONS)
+  rows = dict(segments=SEGMENTS, positions=POSITIONS)
+  whole, _ = _compiled(config, params, x, **rows)
   cache = KVCache(
     key=jnp.zeros((2, 2, 10, 4)),
     value=jnp.zeros((2, 2, 10, 4)),
@@ -291,7 +296,7 @@ def _assert_cached_equals_whole(config, params, x, *, steps):
   start = 0
   for size in steps:
     window = slice(start, start + size)
-    out, cache = _run(
+    out, cache = _compiled(
       config,
       params,
       x[:, window],

@@ -58,10 +58,12 @@ def test_output_and_gradients_equal_the_formula():
     return FeedForward(CONFIG).apply({"params": params}, x)
 
   np.testing.assert_allclose(
-    fast(x, params), _neuron_by_neuron(x, params), atol=1e-5
+    jax.jit(fast)(x, params),
+    jax.jit(_neuron_by_neuron)(x, params),
+    atol=1e-5,
   )
   found, expected = (
-    jax.grad(lambda *a, f=f: jnp.sum(weights * f(*a)), argnums=(0, 1))(
+    jax.jit(jax.grad(lambda *a, f=f: jnp.sum(weights * f(*a)), argnums=(0, 1)))(
       x, params
     )
     for f in (fast, _neuron_by_neuron)

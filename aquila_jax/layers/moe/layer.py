@@ -50,15 +50,16 @@ class MoeFeedForward(nn.Module):
     moe = self.config.moe
     assert moe is not None
     affinity = Router(self.config, moe, name="router")(x, valid=segments > 0)
-    out, sums, meetings = mixture(
-      x,
-      affinity,
-      self._kernels(moe.num_experts, x.dtype, mask=mask),
-      config=moe,
-      token_parts=self.token_parts,
-    )
+    kernels = self._kernels(moe.num_experts, x.dtype, mask=mask)
+    shared = None
     if moe.shared_expert_dim:
       shared = SharedExpert(self.config, name="shared")(x)
+    if self.is_initializing():  # shapes are all that counts
+      return x, losses.no_routing(moe.num_experts)
+    out, sums, meetings = mixture(
+      x, affinity, kernels, config=moe, token_parts=self.token_parts
+    )
+    if shared is not None:
       out = out + shared * affinity.valid[..., None].astype(shared.dtype)
     self._sow(meetings)
     stats = losses.routing_stats(

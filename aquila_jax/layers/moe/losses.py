@@ -116,5 +116,19 @@ def routing_stats(
   )
 
 
+def no_routing(num_experts: int) -> RoutingStats:
+  """Zeros, of a layer that has routed nothing."""
+  zero, zeros = jnp.zeros(()), jnp.zeros(num_experts)
+  return RoutingStats(
+    load=zeros,
+    probability=zeros,
+    sequence_balance=zero,
+    z_loss=zero,
+    entropy=zero,
+    top_gate=zero,
+    dropped=zero,
+  )
+
+
 def _total(counts: Float[Array, "*B E"]) -> Float[Array, "*B 1"]:
   return jnp.sum(counts, axis=-1, keepdims=True)

@@ -52,16 +52,20 @@ def test_chunks_change_neither_output_nor_gradients(monkeypatch, chunk_rows):
   rows, kernels, block_expert, used = _many_blocks()
   monkeypatch.setattr(cpu_loop, "_CHUNK_ROWS", chunk_rows)
   blocks = dict(block_expert=block_expert, num_blocks=used)
+
+  def fast(rows, kernels):
+    return cpu_loop.expert_ffn(rows, kernels, **blocks)
+
   np.testing.assert_allclose(
-    cpu_loop.expert_ffn(rows, kernels, **blocks),
+    jax.jit(fast)(rows, kernels),
     contract.by_loops(rows, kernels, **blocks),
     atol=contract.ATOL,
   )
   rng = np.random.default_rng(3)
   upstream = jnp.asarray(rng.normal(size=rows.shape), jnp.float32)
-  found = jax.grad(
-    lambda *a: jnp.sum(upstream * cpu_loop.expert_ffn(*a, **blocks)), (0, 1)
-  )(rows, kernels)
+  found = jax.jit(jax.grad(lambda *a: jnp.sum(upstream * fast(*a)), (0, 1)))(
+    rows, kernels
+  )
   expected = contract.gradients_by_loops(rows, kernels, upstream, **blocks)
   np.testing.assert_allclose(
     found[0], expected[0], atol=contract.atol(expected[0])

@@ -24,6 +24,8 @@ _CALL = jax.jit(
 )
 
 
+_REFERENCE = jax.jit(reference.expert_ffn)
+
 # Where one kernel takes rows through all of an expert, and where two do.
 _KINDS = ("TPU v6 lite", "TPU v5")
 
@@ -97,7 +99,7 @@ _meeting = pytest.mark.parametrize(
 def test_tiles_in_which_experts_meet(loads, tile_rows, kind):
   """Tiles of one to all blocks: experts begin and end inside of them."""
   rows, kernels, grad, blocks = _case(loads, num_blocks=9)
-  expected = _run(reference.expert_ffn, rows, kernels, grad, blocks)
+  expected = _run(_REFERENCE, rows, kernels, grad, blocks)
   spoilt = rows.at[sum(loads) :].set(jnp.nan)
   call = functools.partial(_CALL, tile_rows=tile_rows, device_kind=kind)
   _agree(_run(call, spoilt, kernels, grad, blocks), expected)
@@ -111,7 +113,7 @@ def test_tiles_in_which_experts_meet_in_half_precision(loads, tile_rows, kind):
   *case, blocks = _case(loads, num_blocks=9)
   half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), case)
   rows, kernels, grad = jax.tree.map(lambda a: a.astype(jnp.float32), half)
-  expected = _run(reference.expert_ffn, rows, kernels, grad, blocks)
+  expected = _run(_REFERENCE, rows, kernels, grad, blocks)
   rows, kernels, grad = half
   spoilt = rows.at[sum(loads) :].set(jnp.nan)
   call = functools.partial(_CALL, tile_rows=tile_rows, device_kind=kind)
@@ -147,7 +149,7 @@ def test_one_core_whose_memory_an_expert_exceeds(width, hidden, behind):
   }
   _agree(
     _run(call, rows, kernels, grad, blocks),
-    _run(reference.expert_ffn, rows, kernels, grad, blocks),
+    _run(_REFERENCE, rows, kernels, grad, blocks),
   )
 
 
@@ -207,7 +209,7 @@ def test_halves_of_a_tile_and_columns_in_tiles():
   kernels = jax.tree.map(lambda kernel: kernel / 3, kernels)
   _agree(
     _run(call, rows, kernels, grad, blocks),
-    _run(reference.expert_ffn, rows, kernels, grad, blocks),
+    _run(_REFERENCE, rows, kernels, grad, blocks),
   )
 
 
@@ -237,7 +239,7 @@ def test_shards_that_share_kernels_get_the_sum_of_gradients():
 
   found = jax.jit(jax.grad(loss, (0, 1)))(rows, kernels, grad)
   blocks["block_expert"] = jnp.zeros(2, jnp.int32)
-  expected = _run(reference.expert_ffn, rows, kernels, grad, blocks)[1:]
+  expected = _run(_REFERENCE, rows, kernels, grad, blocks)[1:]
   _agree(found, expected)
 
 

@@ -106,7 +106,8 @@ def test_vmap_remat_and_shard_map():
   logits = jnp.asarray(
     np.random.default_rng(0).normal(size=(2, 5, 4)), jnp.float32
   )
-  expected = jax.vmap(jax.value_and_grad(lambda x: _loss(x, Xla())))(logits)
+  plain = jax.value_and_grad(lambda x: _loss(x, Xla()))
+  expected = jax.jit(jax.vmap(plain))(logits)
   one = jax.value_and_grad(jax.checkpoint(lambda x: _loss(x, HERE)))
   mesh = Mesh(np.asarray(jax.devices()[:2]), ("data",))
   sharded = jax.shard_map(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import hypothesis
@@ -70,13 +71,18 @@ def any_logits(draw):
   return draw(of_numpy.arrays(np.float32, shape, elements=elements))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _routed(rule: RoutingRule, logits, valid=None):
+  return api.topk_routing(
+    jnp.asarray(logits), rule, valid=valid, implementation="xla"
+  )
+
+
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(logits=any_logits(), data=st.data())
 def test_the_choice_is_that_of_top_k_whatever_the_logits(logits, data):
   top_k = data.draw(st.sampled_from([1, 3, 7]), label="top_k")
-  found = api.topk_routing(
-    jnp.asarray(logits), RoutingRule(top_k=top_k), implementation="xla"
-  )
+  found = _routed(RoutingRule(top_k=top_k), logits)
   expected = jax.lax.top_k(jnp.asarray(logits), top_k)[1]
   np.testing.assert_array_equal(found.experts, expected)
   np.testing.assert_array_equal(
@@ -98,9 +104,7 @@ def test_the_choice_is_that_of_top_k_whatever_the_logits(logits, data):
 def test_any_finite_values(logits, valid, top_k, order):
   rule = RoutingRule(top_k=top_k, order=order)
   case = Case(num_experts=9, top_k=top_k, num_tokens=6)
-  found = api.topk_routing(
-    jnp.asarray(logits), rule, valid=jnp.asarray(valid), implementation="xla"
-  )
+  found = _routed(rule, logits, valid)
   expected = oracle.route(logits, rule, bias=None, valid=valid, num_rows=1)
   compare(found, expected, case)
 
@@ -114,13 +118,11 @@ def test_a_spoilt_token_touches_no_other(spoilt):
     rule = RoutingRule(top_k=2)
 
     def loss(x):
-      found = api.topk_routing(
-        x, rule, valid=jnp.asarray(valid), implementation="xla"
-      )
+      found = _routed(rule, x, valid)
       total = jnp.sum(found.gates**2) + jnp.sum(found.probability**2) + found.z
       return total, found
 
-    grad, found = jax.grad(loss, has_aux=True)(jnp.asarray(logits))
+    grad, found = jax.jit(jax.grad(loss, has_aux=True))(logits)
     return found.replace(experts=found.experts[valid]), grad
 
   expected = outputs(logits)

@@ -49,7 +49,7 @@ CASES = [
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 def test_dropless_places_every_valid_assignment_once(case, block_size):
   routing = _routing(**case)
-  plan = dispatch.Dropless(block_size).place(routing)
+  plan = jax.jit(dispatch.Dropless(block_size).place)(routing)
   slots = np.asarray(plan.slot).reshape(routing.experts.shape)
   num_slots = plan.assignment.size
   assert num_slots == plan.block_expert.size * block_size
@@ -82,7 +82,7 @@ def test_dropless_places_every_valid_assignment_once(case, block_size):
 @pytest.mark.parametrize("case", CASES)
 def test_capacity_keeps_the_first_of_every_expert(case, factor):
   routing = _routing(**case)
-  plan = dispatch.Capacity(factor).place(routing)
+  plan = jax.jit(dispatch.Capacity(factor).place)(routing)
   num_tokens, top_k = routing.experts.shape
   num_experts = routing.counts.size
   capacity = int(np.ceil(factor * num_tokens * top_k / num_experts))
@@ -115,12 +115,14 @@ def test_rows_go_out_and_come_back_with_their_gates(placement):
     return plan.combine(plan.gather(x))
 
   # Experts that do nothing: a token's row times the sum of its kept gates.
-  kept = np.asarray(placement.place(routing).kept)
+  kept = np.asarray(jax.jit(placement.place)(routing).kept)
   share = jnp.sum(jnp.where(kept, routing.gates, 0.0), axis=1, keepdims=True)
-  np.testing.assert_allclose(through(x, routing.gates), x * share, atol=1e-6)
-  x_grad, gate_grad = jax.grad(
+  out = jax.jit(through)(x, routing.gates)
+  np.testing.assert_allclose(out, x * share, atol=1e-6)
+  gradient = jax.grad(
     lambda *a: jnp.sum(upstream * through(*a)), argnums=(0, 1)
-  )(x, routing.gates)
+  )
+  x_grad, gate_grad = jax.jit(gradient)(x, routing.gates)
   np.testing.assert_allclose(x_grad, upstream * share, atol=1e-6)
   product = jnp.sum(upstream * x, axis=1, keepdims=True)
   np.testing.assert_allclose(gate_grad, jnp.where(kept, product, 0), atol=1e-6)
@@ -131,7 +133,7 @@ def test_rows_go_out_and_come_back_with_their_gates(placement):
 )
 def test_empty_slots_are_finite_unread_and_without_gradient(placement):
   routing = _routing()
-  plan = placement.place(routing)
+  plan = jax.jit(placement.place)(routing)
   x = jnp.asarray(np.random.default_rng(6).normal(size=(13, 3)), jnp.float32)
   rows = plan.gather(x)
   empty = np.asarray(plan.assignment) == routing.experts.size

@@ -109,11 +109,11 @@ def test_chosen_experts_are_there_for_who_asks():
   x, params = _inputs()
 
   def collected(**fields) -> tuple[np.ndarray, Any]:
-    (_, stats), variables = MoeFeedForward(_config(**fields)).apply(
-      {"params": params},
-      x,
-      segments=jnp.asarray(SEGMENTS),
-      mutable=["intermediates"],
+    apply: Any = functools.partial(
+      MoeFeedForward(_config(**fields)).apply, mutable=["intermediates"]
+    )
+    (_, stats), variables = jax.jit(apply)(
+      {"params": params}, x, segments=jnp.asarray(SEGMENTS)
     )
     (ids,) = variables["intermediates"]["experts"]
     return np.asarray(ids), stats
@@ -160,7 +160,8 @@ def test_equal_experts_are_the_dense_ffn_when_the_gates_sum_to_one():
     (dict(num_groups=2), True),
     (dict(logit_normalisation=2.0), True),
   ]:
-    out, _ = _apply(_config(**fields), x, equal)
+    apply = jax.jit(functools.partial(_apply, _config(**fields)))
+    out, _ = apply(x, equal)
     close = np.allclose(out[0, valid], dense[valid], atol=1e-5)
     assert close == exact, fields
 
@@ -187,7 +188,8 @@ def test_axes_are_the_dense_ffns_with_expert_in_front():
 def test_router_of_half_precision_is_float32():
   config = dataclasses.replace(_config(), compute_dtype="bfloat16")
   x, params = _inputs()
-  out, stats = _apply(config, x.astype(jnp.bfloat16), params)
+  apply = jax.jit(functools.partial(_apply, config))
+  out, stats = apply(x.astype(jnp.bfloat16), params)
   assert out.dtype == jnp.bfloat16
   assert {leaf.dtype for leaf in jax.tree.leaves(stats)} == {
     jnp.dtype("float32")

@@ -31,7 +31,7 @@ H = 1e-30
 
 @pytest.fixture(autouse=True)
 def plainly(monkeypatch):
-  """In float64 and without loops, so that nothing has to be compiled whole."""
+  """In float64, by the reference, which has no loops to compile."""
   monkeypatch.setattr(api, "platform_default", lambda _: "xla")
   assert api._BACKENDS["xla"] is reference.expert_ffn
   with jax.enable_x64(True):
@@ -163,7 +163,7 @@ def _apply(inputs, config: ModelConfig) -> Any:
   )
 
 
-def _check(config: ModelConfig, wrap: Any = lambda f: f):
+def _check(config: ModelConfig):
   moe = config.moe
   assert moe is not None
   inputs = _inputs(moe)
@@ -173,9 +173,7 @@ def _check(config: ModelConfig, wrap: Any = lambda f: f):
     out = _apply(inputs, config)[0]
     return jnp.sum(upstream * out), out
 
-  grads, out = wrap(jax.grad(loss, has_aux=True))(
-    jax.tree.map(jnp.asarray, inputs)
-  )
+  grads, out = jax.jit(jax.grad(loss, has_aux=True))(inputs)
   # Three products of up to 7 * 6 terms of some tens: 1e-13 is 40 roundings of
   # the largest.
   close: dict[str, Any] = dict(rtol=1e-12, atol=1e-12)
@@ -203,9 +201,9 @@ ORDERS: list[dict[str, Any]] = [
 ]
 
 
-def test_compiled_and_by_the_kernel_of_the_platform(monkeypatch):
+def test_by_the_kernel_of_the_platform(monkeypatch):
   monkeypatch.undo()
-  _check(_config(**ORDERS[3], capacity_factor=0.6), wrap=jax.jit)
+  _check(_config(**ORDERS[3], capacity_factor=0.6))
 
 
 def _named(fields: dict[str, Any]) -> str:
@@ -295,7 +293,7 @@ def test_statistics_are_those_of_a_loop(fields):
   inputs = _inputs(config.moe)
   # A token that suits no expert.
   inputs["x"][0, 0] = -5 * inputs["params"]["router"]["kernel"].sum(axis=1)
-  _, stats = _apply(jax.tree.map(jnp.asarray, inputs), config)
+  _, stats = jax.jit(_apply, static_argnums=1)(inputs, config)
   expected = _stats_of_a_loop(inputs, config.moe)
   assert stats.group_load is None  # no groups: chosen_experts_test.py
   expected["group_load"] = None

@@ -28,7 +28,10 @@ def _choose(logits: Any = LOGITS, *, valid=None, bias=None, **fields: Any):
     valid=jnp.asarray([True] * num_tokens if valid is None else valid),
   )
   config = MoeConfig(num_experts=num_experts, **fields)
-  return selection.choose(affinity, config)
+  return _compiled(affinity, config)
+
+
+_compiled = jax.jit(selection.choose, static_argnums=1)
 
 
 def _scoring(order: Any):

@@ -113,6 +113,10 @@ def _apply(config: ModelConfig, params, x) -> Any:
   )
 
 
+def _compiled(config: ModelConfig) -> Any:
+  return jax.jit(functools.partial(_apply, config))
+
+
 @pytest.mark.mostly_long(one_in=3)
 @pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.parametrize("capacity_factor", [None, 0.5])
@@ -142,15 +146,15 @@ def test_it_is_added_to_the_chosen_experts_sum(gate, capacity_factor):
   experts = {k: v for k, v in params.items() if k != "shared"}
   jax.tree.map(
     np.testing.assert_array_equal,
-    _apply(config, params, x)[1],
-    _apply(routed, experts, x)[1],
+    _compiled(config)(params, x)[1],
+    _compiled(routed)(experts, x)[1],
   )
 
 
 def test_padding_gives_zeros():
   config = _config(shared_expert_dim=4)
   params, x = _layer_params(True), _normal(0, 1, 7, 6)
-  apply = jax.jit(functools.partial(_apply, config))
+  apply = _compiled(config)
   out = apply(params, x)[0]
   np.testing.assert_array_equal(out[:, 5:], 0)
   assert np.all(np.abs(out[:, :5]).max(axis=-1) > 1e-3)
@@ -184,5 +188,6 @@ def test_axes_and_sizes_are_its_own(gate):
 def test_half_precision_stays_half():
   config = _config(shared_expert_dim=4)
   params = _layer_params(True)
-  out, _ = _apply(config, params, _normal(0, 1, 7, 6).astype(jnp.bfloat16))
+  x = _normal(0, 1, 7, 6).astype(jnp.bfloat16)
+  out, _ = _compiled(config)(params, x)
   assert out.dtype == jnp.bfloat16

@@ -78,6 +78,10 @@ def _run(function, x, plan, kernels, upstream):
   return out, pull_back(upstream)
 
 
+def _compiled(function):
+  return jax.jit(functools.partial(_run, function))
+
+
 def _chip(name: str, kernels):
   kind, _, memory = CHIPS[name]
   chip = pallas_tpu.chip_of(
@@ -103,10 +107,10 @@ def test_outputs_and_gradients_are_those_of_autodiff(
   name, top_k, skewed, placement
 ):
   x, kernels, upstream = _inputs(CHIPS[name][1])
-  plan = placement.place(_routing(top_k, skewed=skewed))
+  plan = jax.jit(placement.place)(_routing(top_k, skewed=skewed))
   by_hand = functools.partial(weighted_experts.apply, chip=_chip(name, kernels))
-  found = jax.jit(functools.partial(_run, by_hand))(x, plan, kernels, upstream)
-  expected = _run(_by_autodiff, x, plan, kernels, upstream)
+  found = _compiled(by_hand)(x, plan, kernels, upstream)
+  expected = _compiled(_by_autodiff)(x, plan, kernels, upstream)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=6e-5, rtol=1e-5),
     found,
@@ -131,14 +135,14 @@ def test_hidden_units_are_in_tiles_where_the_test_says_so():
 
 def test_a_gate_of_zero_has_a_gradient():
   x, kernels, upstream = _inputs(72)
-  plan = dispatch.Dropless(8).place(_routing(2, skewed=False))
+  plan = jax.jit(dispatch.Dropless(8).place)(_routing(2, skewed=False))
   gates = plan.routing.gates.at[:, 0].set(0.0)
   plan = plan.replace(routing=plan.routing.replace(gates=gates))
   by_hand = functools.partial(
     weighted_experts.apply, chip=_chip("one tile", kernels)
   )
-  _, (_, found, _) = _run(by_hand, x, plan, kernels, upstream)
-  _, (_, expected, _) = _run(_by_autodiff, x, plan, kernels, upstream)
+  _, (_, found, _) = _compiled(by_hand)(x, plan, kernels, upstream)
+  _, (_, expected, _) = _compiled(_by_autodiff)(x, plan, kernels, upstream)
   np.testing.assert_allclose(found, expected, atol=6e-5, rtol=1e-5)
   assert np.abs(found[:, 0]).max() > 1e-2
 
