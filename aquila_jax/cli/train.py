@@ -16,7 +16,7 @@ from absl import flags
 from etils import epath
 
 from aquila_jax.cli import app, config_door, model_flags, process_flags
-from aquila_jax.core import errors, processes
+from aquila_jax.core import disk, errors, processes
 from aquila_jax.core.allocator import keep_freed_memory
 from aquila_jax.core.experiment_config import ExperimentConfig, Load
 from aquila_jax.pipeline import budget, records
@@ -81,7 +81,7 @@ def main() -> None:
     name="--profile_steps",
   )
   make_workdir(workdir)
-  with locked(workdir):
+  with disk.naming(workdir), locked(workdir):
     context = make_context(experiment, workdir, say=say_on_stderr)
     stage = experiment.stages[name]
     start = Start(context=context, name=name, stage=stage, locate=str)

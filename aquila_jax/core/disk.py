@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
+
+from aquila_jax.core import errors
 
 # No space, a quota, and the largest size of a file (RLIMIT_FSIZE).
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -28,3 +32,29 @@ def why_full(error: BaseException) -> str | None:
         return words
     seen = seen.__cause__ or seen.__context__
   return None
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Turns what a full disk makes of the body into one error.
+
+  Args:
+    path: what the body writes, or a directory around it; an error that names
+      something already keeps that.
+
+  Raises:
+    errors.DiskFull: naming the path.
+  """
+  try:
+    yield
+  except errors.DiskFull:
+    raise
+  except Exception as error:
+    reason = why_full(error)
+    if reason is None:
+      raise
+    what = getattr(error, "filename", None) or os.fspath(path)
+    raise errors.DiskFull(
+      f"{what} could not be written: {reason}; free some space, and run the"
+      " same command again"
+    ) from error

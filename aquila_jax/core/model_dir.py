@@ -32,6 +32,7 @@ from aquila_jax.core import (
   array_store,
   axes,
   config,
+  disk,
   dtypes,
   errors,
   files,
@@ -81,13 +82,15 @@ def save_model(path: str | os.PathLike[str], model: StoredModel, *, axes: Any):
 
   Raises:
     errors.UserError: where `path` exists.
+    errors.DiskFull: naming it.
   """
   if processes.is_first():
     with new_directory(path) as partial:
       _write_arrays(partial, model, axes=axes)
       _write_texts(partial, model)
   else:
-    _write_arrays(epath.Path(path), model, axes=axes)
+    with disk.naming(path):
+      _write_arrays(epath.Path(path), model, axes=axes)
   processes.barrier(f"wrote {path}")
 
 
@@ -170,12 +173,16 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
 
   Raises:
     errors.UserError: where `path` exists, cannot be made, or is being written.
+    errors.DiskFull: naming it.
   """
   target = epath.Path(path).expanduser()
-  if not files.has_rename(target):
-    with _in_place(target):
-      yield target
-    return
+  whole = _renamed if files.has_rename(target) else _in_place
+  with disk.naming(target), whole(target) as place:
+    yield place
+
+
+@contextlib.contextmanager
+def _renamed(target: epath.Path) -> Iterator[epath.Path]:
   partial = target.parent / f".{target.name}.partial"
   try:
     partial.mkdir(parents=True, exist_ok=True)
@@ -198,7 +205,7 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
 
 
 @contextlib.contextmanager
-def _in_place(target: epath.Path) -> Iterator[None]:
+def _in_place(target: epath.Path) -> Iterator[epath.Path]:
   """A directory that its config.json makes whole, and nothing if that fails."""
   if (target / "config.json").exists():
     raise errors.UserError(f"{target} exists; choose another output")
@@ -206,7 +213,7 @@ def _in_place(target: epath.Path) -> Iterator[None]:
     target.rmtree()
   target.mkdir(parents=True)
   try:
-    yield
+    yield target
   except BaseException:  # Ctrl-C too
     target.rmtree()
     raise

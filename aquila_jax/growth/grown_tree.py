@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import math
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -336,14 +337,12 @@ def slice_sharding(
   Returns:
     Where the slice lies.
   """
-  sizes = sharding.mesh.shape
-
-  def fits(dim: int, entry: Any) -> bool:
+  spec = []
+  for size, entry in zip(shape, sharding.spec, strict=False):
     names = () if entry is None else entry
     names = (names,) if isinstance(names, str) else names
-    return shape[dim] % int(np.prod([sizes[n] for n in names])) == 0
-
-  spec = [e if fits(dim, e) else None for dim, e in enumerate(sharding.spec)]
+    parts = math.prod(sharding.mesh.shape[name] for name in names)
+    spec.append(None if size % parts else entry)
   return jax.sharding.NamedSharding(
     sharding.mesh, jax.sharding.PartitionSpec(*spec)
   )

@@ -252,12 +252,10 @@ class _Filler:
 
   def _parts(self, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows of both layers; of the next one only where it is used."""
-
-    def taken(values: np.ndarray) -> np.ndarray:
-      return bits(values)[source].view(values.dtype)
-
-    own = taken(self._own)
-    return own, taken(self._above) if self._copier.needs_above else own
+    own = _taken(self._own, source)
+    if not self._copier.needs_above:
+      return own, own
+    return own, _taken(self._above, source)
 
   def copy_with_noise(
     self, rng: np.random.Generator, *, noise: float, silent: bool
@@ -388,3 +386,7 @@ def _writes_residual(axes: LeafAxes) -> bool:
     and axes.has("embed", Role.WRITES)
     and not axes.is_norm_scale
   )
+
+
+def _taken(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+  return bits(values)[rows].view(values.dtype)

@@ -33,7 +33,7 @@ from aquila_jax.core.axes import Role
 from aquila_jax.growth.grown_tree import Index, LeafSpec, Recent, Tree
 from aquila_jax.growth.layer_kinds import dense_index, dense_leaf
 from aquila_jax.growth.matrix import blocks
-from aquila_jax.growth.upcycling import Upcycling
+from aquila_jax.growth.upcycling import Parent, Upcycling
 
 # Trees whose values are of parameters, and the power of a factor in the others.
 _VALUES = ("params", "ema")
@@ -142,17 +142,14 @@ class UpcycledTree:
     parent = up.parent(expert)
     dim = _unstacked(spec).index("mlp")
     reads_mlp = spec.axes.has("mlp", Role.READS)
-
-    def read(trees: Sequence[Recent]) -> np.ndarray:
-      stacked = (spec.axes.layer_of(row),)
-      if parent.expert is not None:
-        stacked = (row, parent.expert)
-      value = self._ffn(trees[parent.model], name, (*stacked, ...))
-      return _units(value, parent.units, dim)
-
-    value = read(self._sources)
+    stored = (spec.axes.layer_of(row), ...)
+    if parent.expert is not None:
+      stored = (row, parent.expert, ...)
+    value = self._cut(self._sources, parent, name, stored, dim)
     if up.is_changed(expert) and (up.redraw or up.noise):
-      like = value if self._values is None else read(self._values)
+      like = value
+      if self._values is not None:
+        like = self._cut(self._values, parent, name, stored, dim)
       value = self._changed(value, like, dim, name=name, place=(row, expert))
     c = up.kernel_scale(float(self._scale[row]), reads_mlp=reads_mlp)
     meets = moe.top_k / moe.num_experts
@@ -162,6 +159,18 @@ class UpcycledTree:
       meets *= old.num_experts / old.top_k
       weight *= old.top_k
     return self._scaled(value, c, dtype=spec.dtype, meets=meets, weight=weight)
+
+  def _cut(
+    self,
+    trees: Sequence[Recent],
+    parent: Parent,
+    name: str,
+    index: Index,
+    dim: int,
+  ) -> np.ndarray:
+    """The hidden units of a kernel that an expert comes from."""
+    value = self._ffn(trees[parent.model], name, index)
+    return _units(value, parent.units, dim)
 
   def _ffn(self, tree: Recent, name: str, index: Index) -> np.ndarray:
     kernel = self._kernels[name.rpartition(".")[2]]

@@ -14,7 +14,7 @@ import dataclasses
 
 from etils import epath
 
-from aquila_jax.core import errors, processes
+from aquila_jax.core import disk, errors, processes
 from aquila_jax.core.experiment_config import ExperimentConfig
 from aquila_jax.evaluation.results import ReportInput
 from aquila_jax.pipeline import records
@@ -99,14 +99,14 @@ def run_pipeline(
       step wherever it can be; where another process runs in the workdir; where
       a stage has checkpoints and none is whole.
     errors.TrainingStopped: on a loss that is not finite.
-    errors.DiskFull: where a checkpoint could not be saved.
+    errors.DiskFull: naming what could not be written.
     Interrupted: after SIGTERM or SIGINT, when the step is saved.
   """
   directories = _directories(experiment, workdir)
   check_order(experiment)
   check_config(experiment, stages=_to_do(directories))
   make_workdir(workdir)
-  with locked(workdir):
+  with disk.naming(workdir), locked(workdir):
     return _run(experiment, workdir, directories, say=say)
 
 
@@ -153,8 +153,9 @@ def _run(
   for number, (name, directory) in enumerate(directories.items(), start=1):
     if not is_done(directory):
       say(f"stage {number} of {len(directories)}: {name}")
-    run_stage(starts[name], directory)
-    evaluate_stage(context, name, directory)
+    with disk.naming(directory):
+      run_stage(starts[name], directory)
+      evaluate_stage(context, name, directory)
   if not processes.is_first():
     return None
   report, path = make_report(context, workdir, directories)

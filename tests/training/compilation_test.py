@@ -55,7 +55,7 @@ def test_only_tpus_are_asked_to_overlap():
   with compiling_for(Target(platform="tpu", device_kind="TPU v5")):
     options = compilation.overlap_options()
   assert options is not None
-  # Three quarters of 64 MiB, which tiles are planned with.
+  # Three quarters of 64 MiB, which tiles are planned with, and 2.
   assert options.pop("xla_tpu_scoped_vmem_limit_kib") == str(50 * 1024)
   assert set(options.values()) == {"true"}
   with compiling_for(Target(platform="gpu", device_kind="NVIDIA H100")):
