@@ -28,7 +28,10 @@ def why_full(error: BaseException) -> str | None:
     for number in _FULL:
       words = os.strerror(number)
       is_of_system = isinstance(seen, OSError) and seen.errno == number
-      if is_of_system or f"{words} [os_error_code='{number}']" in str(seen):
+      text = str(seen)
+      # What was to be opened may stand between the two.
+      is_of_tensorstore = f"{words} [" in text and f"='{number}']" in text
+      if is_of_system or is_of_tensorstore:
         return words
     seen = seen.__cause__ or seen.__context__
   return None

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 
+from absl import logging
 from etils import epath
+
+_TRIES = 20  # to remove what may still be written
 
 
 def has_rename(path: epath.Path) -> bool:
@@ -36,3 +41,19 @@ def replace_bytes(path: epath.Path, content: bytes) -> None:
   except OSError:
     partial.unlink(missing_ok=True)
     raise
+
+
+def remove_failed(what: epath.Path, remove: Callable[[], None]) -> None:
+  """Removes what was being written while other threads may still write into it.
+
+  Args:
+    what: for the message, where it does not go away.
+    remove: raises OSError where something has been added meanwhile.
+  """
+  for _ in range(_TRIES):
+    try:
+      return remove()
+    except OSError as error:
+      logging.info("once more: %s", error)
+      time.sleep(0.1)
+  logging.warning("%s: remains of what could not be written are left", what)

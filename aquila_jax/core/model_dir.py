@@ -200,7 +200,7 @@ def _renamed(target: epath.Path) -> Iterator[epath.Path]:
       yield partial
       partial.rename(target)
     except BaseException:  # Ctrl-C too
-      partial.rmtree()
+      files.remove_failed(target, partial.rmtree)
       raise
 
 
@@ -215,7 +215,7 @@ def _in_place(target: epath.Path) -> Iterator[epath.Path]:
   try:
     yield target
   except BaseException:  # Ctrl-C too
-    target.rmtree()
+    files.remove_failed(target, target.rmtree)
     raise
 
 

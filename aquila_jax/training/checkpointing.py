@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -34,7 +33,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint import handlers
 
 from aquila_jax.core import config as config_lib
-from aquila_jax.core import disk, errors, processes
+from aquila_jax.core import disk, errors, files, processes
 from aquila_jax.core.experiment_config import CheckpointConfig
 from aquila_jax.core.moments import AdamMoments, get_moments, set_moments
 from aquila_jax.core.types import TrainState
@@ -45,7 +44,6 @@ _TEMPORARY = ".orbax-checkpoint-tmp"
 # Steps that are no longer kept are renamed into it before they are removed, so
 # that a kill in between leaves no half of one.
 _REMOVED = "removed"
-_TRIES = 20  # to remove what may still be written
 # Of a TrainConfig: what may change between two starts of a run, since it does
 # not change a single bit of the parameters.
 _HARMLESS = (
@@ -308,7 +306,9 @@ class Checkpoints:
       if reason is None:
         raise
       if not processes.are_several():
-        _remove_failed(self.directory)
+        files.remove_failed(
+          self.directory, lambda: _remove_unfinished(self.directory)
+        )
         self._manager.reload()  # it has forgotten what this step was to replace
       raise errors.DiskFull(
         f"{self.directory}: step {self._step} could not be saved: {reason};"
@@ -428,17 +428,6 @@ def _remove_unfinished(directory: epath.Path) -> None:
     ):
       logging.info("removing %s, which is not whole", child)
       child.rmtree()
-
-
-def _remove_failed(directory: epath.Path) -> None:
-  """`_remove_unfinished` while other threads may still write into it."""
-  for _ in range(_TRIES):
-    try:
-      return _remove_unfinished(directory)
-    except OSError as error:
-      logging.info("once more: %s", error)
-      time.sleep(0.1)
-  logging.warning("%s: remains of a failed save are left", directory)
 
 
 def _move_damaged(directory: epath.Path) -> None:

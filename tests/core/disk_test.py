@@ -22,6 +22,11 @@ def test_it_is_found_in_errors_of_the_system_and_of_tensorstore(number, words):
     f" bytes to file 3: {words} [os_error_code='{number}']"
   )
   assert disk.why_full(of_tensorstore) == words
+  of_opening = ValueError(
+    f"RESOURCE_EXHAUSTED: Failed to write 511 bytes to file 27: {words}"
+    f" [tensorstore_spec='{{}}'] [os_error_code='{number}']"
+  )
+  assert disk.why_full(of_opening) == words
   try:
     raise RuntimeError("saving failed") from of_tensorstore
   except RuntimeError as error:

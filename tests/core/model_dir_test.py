@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import shutil
@@ -235,6 +236,29 @@ def test_without_a_rename_config_json_marks_a_model_as_whole(
     model_dir.save_model(target, _model(), axes=AXES)
   assert str(error.value) == f"{target} exists; choose another output"
   assert sorted(target.rglob("*")) == before
+
+
+def test_what_threads_still_write_of_a_failed_model_is_removed(
+  tmp_path, monkeypatch
+):
+  """As of TensorStore, which raises for one chunk of several."""
+  remove, removed = type(epath.Path(tmp_path)).rmtree, []
+
+  def interfered(self):
+    removed.append(self)
+    if len(removed) < 3:
+      raise OSError(errno.ENOTEMPTY, "Directory not empty", "params")
+    remove(self)
+
+  monkeypatch.setattr(type(epath.Path(tmp_path)), "rmtree", interfered)
+  with (
+    pytest.raises(KeyError),
+    model_dir.new_directory(tmp_path / "model") as m,
+  ):
+    (m / "half").write_text("")
+    raise KeyError
+  assert len(removed) == 3
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_two_writers_of_one_output_do_not_disturb_each_other(tmp_path):
