@@ -321,11 +321,9 @@ def test_mistakes_are_refused(commands, dense, data, tmp_path):
   )
   broken = commands.run("scale_out", f"--source={damaged}", output)
   assert (broken.code, len(broken.out.splitlines())) == (2, 3)
-  *log, message = broken.err.splitlines()
+  (message,) = broken.err.splitlines()
   assert message.startswith(
     f"aquila_jax: {damaged}/params: leaf 'embedding.table' is damaged: "
   )
-  # Said when the mixture's shapes were computed.
-  assert log == ["topk_routing: xla on cpu", "expert_ffn: cpu_loop on cpu"]
   assert names(tmp_path) == ["bare", "damaged", "taken"]
   assert names(taken) == []
