@@ -135,7 +135,8 @@ def test_a_growth_fits(tmp_path):
     (
       ["--topology=v5e:2x2", "--config.mesh.fsdp=3"],
       "config.mesh.fsdp=3 (data=-1, fsdp=3, expert=1, sequence=1, tensor=1):"
-      " the product 3 must divide the number of devices, 4; fsdp=2 or 4 would fit",
+      " the product 3 must divide the number of devices, 4; fsdp=2 or 4 would"
+      " fit",
     ),
   ],
 )
