@@ -78,8 +78,8 @@ def compilation_cache(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def rare_collections():
   """Garbage in cycles is looked for seldom, and not in what is imported."""
-  # An eighth of the time went there: traces make millions of objects that stay,
-  # and few that are in cycles.
+  # A fifteenth of the time went there: traces make millions of objects that
+  # stay, and few that are in cycles.
   before = gc.get_threshold()
   gc.freeze()
   gc.set_threshold(1_000_000, 5, 3)

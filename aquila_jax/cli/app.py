@@ -138,16 +138,11 @@ def _guarded(
       " anew where it has none",
     )
   except Exception as error:
-    reason = disk.why_full(error)
-    if reason is None:
+    full = disk.as_full(error, "a file")
+    if full is None:
       _fail_in_job(error)
       raise
-    what = getattr(error, "filename", None) or "a file"
-    _end(
-      4,
-      f"{what} could not be written: {reason}; free some space, and run the"
-      " same command again",
-    )
+    _end(4, str(full))
   logging.flush()
   sys.exit(0)
 

@@ -25,16 +25,38 @@ def why_full(error: BaseException) -> str | None:
   """
   seen: BaseException | None = error
   while seen is not None:
+    text = str(seen)
     for number in _FULL:
       words = os.strerror(number)
       is_of_system = isinstance(seen, OSError) and seen.errno == number
-      text = str(seen)
       # What was to be opened may stand between the two.
       is_of_tensorstore = f"{words} [" in text and f"='{number}']" in text
       if is_of_system or is_of_tensorstore:
         return words
     seen = seen.__cause__ or seen.__context__
   return None
+
+
+def as_full(
+  error: BaseException, what: str | os.PathLike[str]
+) -> errors.DiskFull | None:
+  """The one error for the commands' users, where an error is of a full disk.
+
+  Args:
+    error: as of `why_full`; a file that it names is what could not be written.
+    what: could not be written otherwise.
+
+  Returns:
+    What to raise or to say; None where something else is the matter.
+  """
+  reason = why_full(error)
+  if reason is None:
+    return None
+  what = getattr(error, "filename", None) or os.fspath(what)
+  return errors.DiskFull(
+    f"{what} could not be written: {reason}; free some space, and run the same"
+    " command again"
+  )
 
 
 @contextlib.contextmanager
@@ -53,11 +75,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
   except errors.DiskFull:
     raise
   except Exception as error:
-    reason = why_full(error)
-    if reason is None:
+    full = as_full(error, path)
+    if full is None:
       raise
-    what = getattr(error, "filename", None) or os.fspath(path)
-    raise errors.DiskFull(
-      f"{what} could not be written: {reason}; free some space, and run the"
-      " same command again"
-    ) from error
+    raise full from error

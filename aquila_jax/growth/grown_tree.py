@@ -339,8 +339,7 @@ def slice_sharding(
   """
   spec = []
   for size, entry in zip(shape, sharding.spec, strict=False):
-    names = () if entry is None else entry
-    names = (names,) if isinstance(names, str) else names
+    names = (entry,) if isinstance(entry, str) else entry or ()
     parts = math.prod(sharding.mesh.shape[name] for name in names)
     spec.append(None if size % parts else entry)
   return jax.sharding.NamedSharding(

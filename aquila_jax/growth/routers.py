@@ -88,7 +88,7 @@ def _affinity(
   """What a router of one layer says of tokens, of what their FFN reads."""
   assert config.moe is not None
   found: Any = Router(config, config.moe).apply(
-    {"params": dict(params)}, x, valid=jnp.ones(len(x), bool)
+    {"params": params}, x, valid=jnp.ones(len(x), bool)
   )
   return found
 

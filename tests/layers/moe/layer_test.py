@@ -57,6 +57,10 @@ def _apply(config: ModelConfig, x, params) -> Any:
   )
 
 
+def _compiled(config: ModelConfig) -> Any:
+  return jax.jit(functools.partial(_apply, config))
+
+
 @pytest.mark.parametrize("capacity_factor", [None, 0.75])
 def test_permuting_the_experts_changes_nothing(capacity_factor):
   config = _config(capacity_factor=capacity_factor)
@@ -66,7 +70,7 @@ def test_permuting_the_experts_changes_nothing(capacity_factor):
     name: leaf[order] for name, leaf in params.items() if name != "router"
   }
   permuted["router"] = {"kernel": params["router"]["kernel"][:, order]}
-  apply = jax.jit(functools.partial(_apply, config))
+  apply = _compiled(config)
   out, stats = apply(x, params)
   permuted_out, permuted_stats = apply(x, permuted)
   np.testing.assert_allclose(permuted_out, out, atol=1e-5)
@@ -96,7 +100,7 @@ def test_padding_gives_zeros_and_takes_no_slot(way):
   if config.moe is not None and config.moe.selection_bias:
     bias = jnp.asarray([0.3, 0.0, -0.3, 0.0])
     params["router"]["selection_bias"] = bias
-  apply = jax.jit(functools.partial(_apply, config))
+  apply = _compiled(config)
   out, stats = apply(x, params)
   np.testing.assert_array_equal(out[:, SEGMENTS[0] == 0], 0)
   other = x.at[:, SEGMENTS[0] == 0].set(7.0)
@@ -160,8 +164,7 @@ def test_equal_experts_are_the_dense_ffn_when_the_gates_sum_to_one():
     (dict(num_groups=2), True),
     (dict(logit_normalisation=2.0), True),
   ]:
-    apply = jax.jit(functools.partial(_apply, _config(**fields)))
-    out, _ = apply(x, equal)
+    out, _ = _compiled(_config(**fields))(x, equal)
     close = np.allclose(out[0, valid], dense[valid], atol=1e-5)
     assert close == exact, fields
 
@@ -188,7 +191,7 @@ def test_axes_are_the_dense_ffns_with_expert_in_front():
 def test_router_of_half_precision_is_float32():
   config = dataclasses.replace(_config(), compute_dtype="bfloat16")
   x, params = _inputs()
-  apply = jax.jit(functools.partial(_apply, config))
+  apply = _compiled(config)
   out, stats = apply(x.astype(jnp.bfloat16), params)
   assert out.dtype == jnp.bfloat16
   assert {leaf.dtype for leaf in jax.tree.leaves(stats)} == {
