@@ -7,6 +7,7 @@ can be checked that no memory holds, and before it is written anywhere.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -88,10 +89,14 @@ def logits(
   config, leaves = _wide(model.config), model_leaves(model.config)
   x = _run(model, Rows.of(tokens))
   scale = model.params.read(_NORM, index=(slice(None),))
-  norm: Any = decoder_lm.final_norm(config)
-  masks = make_masks(config)
-  x = np.asarray(norm.apply({"params": {"scale": scale}}, x, masks.embed))
+  x = np.asarray(_normed(config, scale, x, make_masks(config)))
   return _head(model, leaves, x)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _normed(config, scale, x, masks):
+  norm: Any = decoder_lm.final_norm(config)
+  return norm.apply({"params": {"scale": scale}}, x, masks.embed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

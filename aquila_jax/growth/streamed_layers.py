@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -130,17 +131,19 @@ class StreamedLayer:
   def _mixture(
     self, normed: Float[Array, "B T D"], segments: Int[np.ndarray, "B T"]
   ) -> Float[Array, "B T D"]:
-    moe, params = self.config.moe, self.params[layer_runs.EXPERTS]
-    assert moe is not None
+    params = self.params[layer_runs.EXPERTS]
     tokens = normed.reshape(-1, normed.shape[-1])  # (B, T, D) -> (M, D)
     plan, rows = _routed(
       self.config, params["router"], tokens, segments.reshape(-1)
     )
-    out = plan.combine(jnp.asarray(self._through_experts(plan, rows)))
-    if moe.shared_expert_dim:
-      shared = _shared_expert(self.config, params["shared"], tokens)
-      valid = segments.reshape(-1, 1) > 0
-      out = out + shared * jnp.asarray(valid, shared.dtype)
+    out = _combined(
+      self.config,
+      params.get("shared"),
+      plan,
+      self._through_experts(plan, rows),
+      tokens,
+      segments.reshape(-1),
+    )
     return out.reshape(normed.shape)
 
   def _through_experts(
@@ -157,7 +160,7 @@ class StreamedLayer:
         continue
       # A power of two of them, so that few are compiled.
       padded = np.resize(blocks, 1 << (len(blocks) - 1).bit_length())
-      found = self._through(rows[padded], expert)
+      found = self._through(_taken(rows, padded), expert)
       out[blocks] = np.asarray(found)[: len(blocks)]
     return out
 
@@ -166,12 +169,16 @@ class StreamedLayer:
   ) -> Float[Array, "P Q D"]:
     """Through the FFN or an expert, a part of its hidden units at a time."""
     gate, up, down = (self.ffn[name](*expert) for name in KERNEL_AXES)
-    mask, out = self.masks.mlp, jnp.zeros_like(rows)
-    for start in range(0, len(down), _UNITS):
+    mask = self.masks.mlp
+
+    def part(start: int) -> jax.Array:
       units = slice(start, start + _UNITS)
-      part = None if mask is None else mask[units]
-      out += _units(rows, (gate[:, units], up[:, units], down[units]), part)
-    return out
+      kernels = (gate[:, units], up[:, units], down[units])
+      return _units(rows, kernels, None if mask is None else mask[units])
+
+    return functools.reduce(
+      operator.add, map(part, range(0, len(down), _UNITS))
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -189,9 +196,18 @@ def _routed(config, params, tokens, segments):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _shared_expert(config, params, tokens):
-  shared: Any = SharedExpert(config)
-  return shared.apply({"params": params}, tokens)
+def _combined(config, shared_params, plan, rows, tokens, segments):
+  out = plan.combine(rows)
+  if config.moe.shared_expert_dim:
+    expert: Any = SharedExpert(config)
+    shared = expert.apply({"params": shared_params}, tokens)
+    out += shared * (segments > 0)[:, None].astype(shared.dtype)
+  return out
+
+
+@jax.jit
+def _taken(rows, blocks):
+  return rows[blocks]
 
 
 @jax.jit
