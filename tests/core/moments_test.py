@@ -24,7 +24,8 @@ def test_moments_are_those_of_the_update():
   optimizer = _optimizer()
   grads = jax.tree.map(jnp.ones_like, PARAMS)
   with jax.numpy_dtype_promotion("standard"):  # optax raises float to int
-    _, state = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
+    state = jax.jit(optimizer.init)(PARAMS)
+    _, state = jax.jit(optimizer.update)(grads, state, PARAMS)
   moments = get_moments(state)
   clipped = 7**-0.5  # 7 entries of 1, clipped to a norm of 1
   assert moments.count == 1

@@ -12,6 +12,7 @@ from aquila_jax.generation import sampling
 from aquila_jax.generation.sampling import Sampling
 
 STEP = jnp.zeros((), jnp.int32)
+_choose, _nucleus = jax.jit(sampling.choose), jax.jit(sampling.nucleus)
 
 
 def numpy_nucleus(logits: np.ndarray, top_p: float, top_k: int = 0) -> set[int]:
@@ -35,7 +36,7 @@ def choose_many(row, *, rows: int, **options) -> np.ndarray:
     Sampling(**options), batch_size=rows, vocab_size=len(row)
   )
   logits = jnp.broadcast_to(jnp.asarray(row, jnp.float32), (rows, len(row)))
-  return np.asarray(sampling.choose(logits, chooser, step=STEP))
+  return np.asarray(_choose(logits, chooser, step=STEP))
 
 
 @pytest.mark.parametrize("top_p", [0.01, 0.3, 0.6, 0.9, 0.999, 1.0])
@@ -43,9 +44,7 @@ def choose_many(row, *, rows: int, **options) -> np.ndarray:
 def test_nucleus_keeps_the_smallest_set_that_holds_top_p(top_p, seed):
   logits = np.random.default_rng(seed).normal(0, 3, (2, 40))
   logits = logits.astype(np.float32)
-  kept, order = sampling.nucleus(
-    jnp.asarray(logits), jnp.asarray(top_p, jnp.float32)
-  )
+  kept, order = _nucleus(jnp.asarray(logits), jnp.asarray(top_p, jnp.float32))
   for row in range(2):
     chosen = set(np.asarray(order)[row][np.asarray(kept)[row]].tolist())
     assert chosen == numpy_nucleus(logits[row], top_p)
@@ -55,7 +54,7 @@ def test_nucleus_keeps_the_smallest_set_that_holds_top_p(top_p, seed):
 @pytest.mark.parametrize("top_k", [1, 3, 39, 40, 2**31 - 1])
 def test_the_nucleus_is_of_what_top_k_kept(top_p, top_k):
   logits = np.random.default_rng(top_k).normal(0, 2, 40).astype(np.float32)
-  kept, order = sampling.nucleus(
+  kept, order = _nucleus(
     jnp.asarray(logits)[None],
     jnp.asarray(top_p, jnp.float32),
     top_k=jnp.asarray(top_k, jnp.int32),
@@ -83,7 +82,7 @@ def test_nucleus_of_even_logits_takes_the_lowest_ids():
   # Each of 4 tokens has 0.25: 0.5 is two of them, 0.51 three.
   logits = jnp.zeros((1, 4))
   for top_p, size in ((0.5, 2), (0.51, 3)):
-    kept, order = sampling.nucleus(logits, jnp.asarray(top_p, jnp.float32))
+    kept, order = _nucleus(logits, jnp.asarray(top_p, jnp.float32))
     assert np.asarray(order)[0].tolist() == [0, 1, 2, 3]
     assert int(kept.sum()) == size
 
@@ -129,8 +128,7 @@ def test_ids_without_text_are_never_chosen():
       Sampling(temperature=temperature), batch_size=1, vocab_size=2
     )
     chosen = {
-      int(sampling.choose(logits, chooser, step=jnp.asarray(i))[0])
-      for i in range(20)
+      int(_choose(logits, chooser, step=jnp.asarray(i))[0]) for i in range(20)
     }
     assert chosen <= {0, 1}
 
@@ -145,7 +143,7 @@ def test_steps_rows_and_seeds_draw_independently():
     return [
       int(token)
       for step in range(4)
-      for token in sampling.choose(even, chooser, step=jnp.asarray(step))
+      for token in _choose(even, chooser, step=jnp.asarray(step))
     ]
 
   # 16 draws of 1000: all different but for one chance in eight, fixed by the

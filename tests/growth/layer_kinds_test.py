@@ -241,7 +241,8 @@ def test_a_learned_operator_starts_as_fpi():
     axes,
     dtype=jnp.float64,
   )
-  found = ligo.apply_operator(operator, source.params, axes)
+  apply = jax.jit(lambda *both: ligo.apply_operator(both[0], both[1], axes))
+  found = apply(operator, source.params)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-15),
     found,

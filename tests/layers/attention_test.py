@@ -100,15 +100,16 @@ def test_layer_equals_head_by_head_products(qkv_bias):
   out, cache = _compiled(config, params, x, **rows)
   assert cache is None
   tables = rotary.rotary_tables(jnp.asarray(POSITIONS), head_dim=4, theta=100.0)
+  params, x = jax.tree.map(np.asarray, (params, x))
   heads = {}
   for name, kernel_heads in (("query", (2, 3)), ("key", (2,)), ("value", (2,))):
     kernel = params[f"{name}_kernel"].reshape(6, -1, 4)
-    bias = params.get(f"{name}_bias", jnp.zeros((*kernel_heads, 4)))
+    bias = params.get(f"{name}_bias", np.zeros((*kernel_heads, 4)))
     one_by_one = [
       x @ kernel[:, n] + bias.reshape(-1, 4)[None, None, n]
       for n in range(kernel.shape[1])
     ]
-    heads[name] = jnp.stack(one_by_one, axis=2)
+    heads[name] = jnp.asarray(np.stack(one_by_one, axis=2), jnp.float32)
   mask = (SEGMENTS[:, :, None] == SEGMENTS[:, None, :]) & np.tril(
     np.ones((8, 8), bool)
   )

@@ -21,7 +21,7 @@ def test_output_and_gradients_equal_loops(rows):
     assert out.shape == (*rows, 5)
     return jnp.sum(jnp.asarray(upstream, jnp.float32) * out)
 
-  value, (x_grad, kernel_grad) = jax.value_and_grad(loss, (0, 1))(
+  value, (x_grad, kernel_grad) = jax.jit(jax.value_and_grad(loss, (0, 1)))(
     jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
   )
   expected, expected_x, expected_kernel = 0.0, np.zeros_like(x), 0 * kernel

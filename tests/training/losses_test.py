@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,7 @@ def _routing(scale=1.0):
   )
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def _terms(logits, routing, batch, config):
   return losses.loss_terms(
     target_scores.of_logits(logits, batch.targets),
@@ -111,7 +113,8 @@ def test_adaptive_weights_take_the_place_of_the_constant(logits, batch):
 
 
 def test_gradient_of_cross_entropy_is_softmax_minus_one_hot(logits, batch):
-  grads = jax.grad(lambda x: _terms(x, None, batch, _NONE).total)(logits)
+  total = jax.jit(jax.grad(lambda x: _terms(x, None, batch, _NONE).total))
+  grads = total(logits)
   one_hot = np.eye(64)[np.asarray(batch.targets)]
   softmax = np.asarray(jax.nn.softmax(logits, axis=-1))
   weights = np.asarray(batch.weights / batch.weights.sum())[..., None]

@@ -94,11 +94,10 @@ def test_update_matches_plain_adamw(
   ]
   optimizer = make_optimizer(config, _AXES)
   narrow: Any = jax.tree.map(jnp.float32, params)
-  state, updates = optimizer.init(narrow), {}
+  update = jax.jit(optimizer.update)
+  state, updates = jax.jit(optimizer.init)(narrow), {}
   for grads in gradients:
-    moved: Any = optimizer.update(
-      jax.tree.map(jnp.float32, grads), state, narrow
-    )
+    moved: Any = update(jax.tree.map(jnp.float32, grads), state, narrow)
     updates, state = moved
   expected = _adamw(config, params, gradients)
   for key in params:
@@ -186,11 +185,10 @@ def test_function_space_follows_its_formula():
   ]
   optimizer = make_optimizer(config, _GROWN_AXES, copies=_COPIES)
   params: Any = jax.tree.map(jnp.float32, gradients[0])
-  state, updates = optimizer.init(params), {}
+  update = jax.jit(optimizer.update)
+  state, updates = jax.jit(optimizer.init)(params), {}
   for grads in gradients:
-    moved: Any = optimizer.update(
-      jax.tree.map(jnp.float32, grads), state, params
-    )
+    moved: Any = update(jax.tree.map(jnp.float32, grads), state, params)
     updates, state = moved
   first, second = gradients
   b, c = config.beta1, config.beta2

@@ -135,7 +135,7 @@ def test_empty_slots_are_finite_unread_and_without_gradient(placement):
   routing = _routing()
   plan = jax.jit(placement.place)(routing)
   x = jnp.asarray(np.random.default_rng(6).normal(size=(13, 3)), jnp.float32)
-  rows = plan.gather(x)
+  rows = jax.jit(plan.gather)(x)
   empty = np.asarray(plan.assignment) == routing.experts.size
   assert empty.any()
   assert np.isfinite(rows).all()
@@ -144,7 +144,8 @@ def test_empty_slots_are_finite_unread_and_without_gradient(placement):
   np.testing.assert_array_equal(flat[~empty], np.asarray(x)[owner])
 
   ruined = jnp.where(empty.reshape(*rows.shape[:2], 1), jnp.nan, rows)
-  np.testing.assert_array_equal(plan.combine(ruined), plan.combine(rows))
+  combine = jax.jit(plan.combine)
+  np.testing.assert_array_equal(combine(ruined), combine(rows))
 
   def combined(rows, gates):
     combining = plan.replace(routing=routing.replace(gates=gates))
@@ -153,12 +154,12 @@ def test_empty_slots_are_finite_unread_and_without_gradient(placement):
   def spread(x):  # with NaN for the gradient of empty slots
     return jnp.sum(plan.gather(x) * ruined)
 
-  both = jax.grad(combined, argnums=(0, 1))
+  both = jax.jit(jax.grad(combined, argnums=(0, 1)))
   rows_grad, gates_grad = both(ruined, routing.gates)
   np.testing.assert_array_equal(rows_grad.reshape(-1, 3)[empty], 0)
   assert np.isfinite(rows_grad).all()
   np.testing.assert_array_equal(gates_grad, both(rows, routing.gates)[1])
-  assert np.isfinite(jax.grad(spread)(x)).all()
+  assert np.isfinite(jax.jit(jax.grad(spread))(x)).all()
 
 
 @pytest.mark.parametrize(

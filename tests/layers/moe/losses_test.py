@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ EXPERTS = jnp.asarray([[0], [1], [0], [0]])
 VALID = jnp.asarray([True, True, True, False])
 
 
+@functools.partial(jax.jit, static_argnames="num_rows")
 def _stats(logits=LOGITS, *, experts=EXPERTS, valid=VALID, num_rows=2):
   every = jnp.arange(logits.shape[1])
   assigned = jnp.any(experts[:, :, None] == every[None, None], axis=1)
@@ -81,7 +84,7 @@ def test_balance_is_e_when_one_expert_gets_everything():
 
 
 def test_gradient_of_the_balance_runs_through_the_probabilities_only():
-  grad = jax.grad(lambda logits: _stats(logits).balance_loss)(LOGITS)
+  grad = jax.jit(jax.grad(lambda logits: _stats(logits).balance_loss))(LOGITS)
   # d/dlogits of E sum_i f_i mean_m p_mi with f = (2/3, 1/3) held fast:
   # E / 3 * p_i (f_i - sum_j f_j p_j) for each of the three valid tokens.
   f = np.array([2 / 3, 1 / 3])
@@ -96,7 +99,7 @@ def test_what_is_only_reported_has_no_gradient():
     stats = _stats(logits)
     return stats.entropy + stats.top_gate + jnp.sum(stats.load)
 
-  np.testing.assert_array_equal(jax.grad(reported)(LOGITS), 0)
+  np.testing.assert_array_equal(jax.jit(jax.grad(reported))(LOGITS), 0)
 
 
 def test_batch_of_padding_only_is_finite():
