@@ -70,7 +70,7 @@ def compilation_cache(tmp_path_factory):
   # could read half of what another is writing.
   directory = tmp_path_factory.mktemp("xla")
   jax.config.update("jax_compilation_cache_dir", str(directory))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   yield
   jax.config.update("jax_compilation_cache_dir", None)
 
