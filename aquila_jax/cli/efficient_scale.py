@@ -10,7 +10,6 @@ its last checkpoint and repeats no finished stage.
 from __future__ import annotations
 
 from absl import flags
-from etils import epath
 
 from aquila_jax.cli import app, config_door, model_flags, process_flags
 from aquila_jax.core import processes
@@ -32,13 +31,13 @@ _REPLAY_STEP = model_flags.define_replay_step()
 def main() -> None:
   keep_freed_memory()
   experiment = config_door.load(_CONFIG)
-  process_flags.join()
+  workdir = process_flags.workdir(_WORKDIR)
+  process_flags.join(experiment, (_STAGE, _EXPLAIN_SHARDING, _REPLAY_STEP))
   if _EXPLAIN_SHARDING.value:
     if processes.is_first():
       print(model_flags.explain_sharding(experiment, experiment.pipeline))
     return
   enable_compilation_cache()
-  workdir = epath.Path(_WORKDIR.value).expanduser()
   if _REPLAY_STEP.value:
     page = replay_in_pipeline(
       experiment,

@@ -24,6 +24,7 @@ a host, and what an export writes.
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 from typing import Any
 
@@ -77,10 +78,9 @@ def main(what: str | None) -> None:
     "growth": _growth,
   }
   if what not in (*verbs, "export"):
-    raise errors.UserError(
-      f"{what!r}: expected `plan {'`, `plan '.join((*verbs, 'export'))}`, then"
-      " flags"
-    )
+    expected = ", ".join(f"`plan {verb}`" for verb in (*verbs, "export"))
+    given = "nothing" if what is None else repr(what)
+    raise errors.UserError(f"{given}: expected {expected}, then flags")
   # The compiler is asked for by its topology; no device is.
   jax.config.update("jax_platforms", "cpu")
   experiment = config_door.load(_CONFIG)
@@ -96,8 +96,10 @@ def main(what: str | None) -> None:
 def _topology() -> str:
   """Of --topology, or the most compact of --kind and --devices."""
   if bool(_TOPOLOGY.value) == bool(_KIND.value or _DEVICES.value):
+    both = "and --kind or --devices are given; expected one of the two ways"
+    none = "expected it, or --kind and --devices"
     raise errors.UserError(
-      f"--topology={_TOPOLOGY.value}: expected it, or --kind and --devices"
+      f"--topology={_TOPOLOGY.value}: {both if _TOPOLOGY.value else none}"
     )
   if _TOPOLOGY.value:
     return _TOPOLOGY.value
@@ -127,7 +129,7 @@ def _search(experiment: ExperimentConfig, name: str, topology: str) -> None:
   if not found:
     raise errors.UserError(
       f"--topology={topology}: by no mesh, microbatches and remat does {name}"
-      " fit; expected more chips, or a larger or smaller batch"
+      " fit; expected more chips, or a batch of which they divide the rows"
     )
   best = found[: _BEST.value]
   commands = [_command(name, plan) for plan in best]
@@ -189,6 +191,9 @@ def _check_output(output: str) -> None:
   parent = epath.Path(output).expanduser().parent
   if not parent.is_dir():
     raise errors.UserError(f"--output={output}: {parent} is not a directory")
+  path = epath.Path(output).expanduser()
+  if path.exists() and not os.path.isfile(path):
+    raise errors.UserError(f"--output={output}: expected a file")
 
 
 def _write(value: Any) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import jax
 from absl import flags, logging
+from etils import epath
 
 from aquila_jax.cli import app
-from aquila_jax.core import process_watch
+from aquila_jax.core import errors, process_watch, processes
+from aquila_jax.core.experiment_config import ExperimentConfig
 from aquila_jax.core.process_settings import find_settings
+from aquila_jax.pipeline import records
 
 _COORDINATOR = flags.DEFINE_string(
   "coordinator",
@@ -22,22 +29,44 @@ _PROCESS_ID = flags.DEFINE_integer(
   "process_id", None, "Of this one, from 0; process 0 writes and reports."
 )
 _JOIN_TIMEOUT_S = flags.DEFINE_float(
-  "join_timeout_s", 300.0, "How long the processes wait for each other."
+  "join_timeout_s",
+  300.0,
+  "How long the processes wait for each other.",
+  lower_bound=1.0,
 )
 _LOST_AFTER_S = flags.DEFINE_float(
   "lost_after_s",
   100.0,
   "The silence of a process after which the others end.",
+  lower_bound=1.0,
 )
 
 
-def join() -> None:
+def workdir(flag: flags.FlagHolder[Any]) -> epath.Path:
+  """What --workdir names.
+
+  Raises:
+    errors.UserError: where that is nothing, which would be the current folder.
+  """
+  if not flag.value:
+    raise errors.UserError(f"--{flag.name}=: expected a folder to write to")
+  return epath.Path(flag.value).expanduser()
+
+
+def join(
+  experiment: ExperimentConfig, others: Iterable[flags.FlagHolder[Any]]
+) -> None:
   """Makes this process one of several, where flags or environment say so.
 
   To be called before any device is touched, by a verb that all of them run.
 
+  Args:
+    experiment: which all of them must have.
+    others: flags that all of them must have alike.
+
   Raises:
-    errors.UserError: as `find_settings` and `process_watch.join`.
+    errors.UserError: as `find_settings` and `process_watch.join`, and in all
+      processes where their commands differ.
   """
   settings = find_settings(
     coordinator=_COORDINATOR.value,
@@ -63,3 +92,18 @@ def join() -> None:
     jax.device_count(),
   )
   app.leave_the_log_to_the_first()
+  given = {f"--{flag.name}": flag.value for flag in others}
+  processes.check_equal(
+    given | dict(_fields("config", records.plain(experiment)))
+  )
+
+
+def _fields(path: str, tree: Any) -> Iterator[tuple[str, Any]]:
+  """Every value of a config, by its path."""
+  if not isinstance(tree, (dict, list)):
+    yield path, tree
+    return
+  named = tree.items() if isinstance(tree, dict) else enumerate(tree)
+  yield from itertools.chain.from_iterable(
+    _fields(f"{path}.{name}", value) for name, value in named
+  )

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 
 from absl import flags
-from etils import epath
 
 from aquila_jax.cli import app, config_door, model_flags, process_flags
 from aquila_jax.core import disk, errors, processes
@@ -61,7 +60,16 @@ def main() -> None:
   keep_freed_memory()
   experiment = config_door.load(_CONFIG)
   name = model_flags.stage_name(experiment, _STAGE.value)
-  process_flags.join()
+  others = (
+    _STAGE,
+    _INIT_FROM,
+    _PROFILE_STEPS,
+    _EXPLAIN_SHARDING,
+    _REPLAY_STEP,
+    _SAVE_OPTIMIZER,
+  )
+  workdir = process_flags.workdir(_WORKDIR)
+  process_flags.join(experiment, others)
   if _EXPLAIN_SHARDING.value:
     if processes.is_first():
       print(model_flags.explain_sharding(experiment, [name]))
@@ -70,7 +78,6 @@ def main() -> None:
   profile_steps = _profile_steps()
   _check_source(experiment, name)
   enable_compilation_cache()
-  workdir = epath.Path(_WORKDIR.value).expanduser()
   if _REPLAY_STEP.value:
     check_step(experiment, name, _REPLAY_STEP.value)
   to_do = [] if is_done(workdir) else [name]

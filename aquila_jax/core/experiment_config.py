@@ -612,12 +612,17 @@ class MeshConfig:
   tensor: int = 1
 
   def __post_init__(self):
-    sizes = dataclasses.astuple(self)
+    sizes = dataclasses.asdict(self)
+    for axis, size in sizes.items():
+      require(
+        size >= 1 or size == -1,
+        f"{axis}={size}: need >= 1, or -1 for the devices that are left",
+      )
+    left = [axis for axis, size in sizes.items() if size == -1]
     require(
-      all(size >= 1 or size == -1 for size in sizes)
-      and sum(size == -1 for size in sizes) <= 1,
-      f"mesh sizes {sizes} (data, fsdp, expert, sequence, tensor): need >= 1"
-      " each, at most one -1",
+      len(left) <= 1,
+      f"{'=-1 and '.join(left)}=-1: at most one axis can have the devices that"
+      " are left",
     )
 
 

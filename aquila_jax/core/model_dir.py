@@ -91,7 +91,7 @@ def save_model(path: str | os.PathLike[str], model: StoredModel, *, axes: Any):
   else:
     with disk.naming(path):
       _write_arrays(epath.Path(path), model, axes=axes)
-  processes.barrier(f"wrote {path}")
+  processes.barrier("wrote a model")
 
 
 def _write_arrays(directory: epath.Path, model: StoredModel, *, axes: Any):

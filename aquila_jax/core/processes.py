@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax._src import distributed  # its client is not public; Orbax uses it too
 from jax.sharding import NamedSharding, PartitionSpec
+
+from aquila_jax.core.errors import UserError
 
 _KEYS = "aquila_jax"
 # A process that waits is ended when another is lost (process_watch.py), so the
@@ -57,7 +59,8 @@ def barrier(name: str) -> None:
   """Returns when all processes are here.
 
   Args:
-    name: for whoever looks where they wait; it may repeat.
+    name: for whoever looks where they wait; it may repeat, and is the same in
+      all processes.
   """
   if are_several():
     client().wait_at_barrier(_key("barrier", name), _FOREVER_MS)
@@ -70,7 +73,7 @@ def from_first(make: Callable[[], T], *, name: str) -> T:
 
   Args:
     make: called in process 0 only; its result must be plain JSON.
-    name: as of `barrier`.
+    name: as of `barrier`; the same in all processes, so of no path.
 
   Returns:
     The result; in several processes, as JSON gives it back.
@@ -84,6 +87,42 @@ def from_first(make: Callable[[], T], *, name: str) -> T:
   else:
     text = client().blocking_key_value_get(key, _FOREVER_MS)
   return json.loads(text)
+
+
+def check_equal(settings: Mapping[str, Any]) -> None:
+  """Refuses processes that were started with different commands.
+
+  They would train replicas of different models, or wait for each other forever.
+
+  Args:
+    settings: name -> value, plain JSON, the same names in all processes of a
+      version of the program.
+
+  Raises:
+    UserError: in all of them, naming the first that differs.
+  """
+  if not are_several():
+    return
+  mine, key = json.loads(json.dumps(settings)), _key("settings", "all")
+  client().key_value_set(f"{key}/{index()}", json.dumps(mine))
+
+  def first_difference() -> str:
+    for other in range(1, count()):
+      said = client().blocking_key_value_get(f"{key}/{other}", _FOREVER_MS)
+      theirs = json.loads(said)
+      for name in sorted({*mine, *theirs}):
+        values = [tree.get(name, "nothing") for tree in (mine, theirs)]
+        if values[0] != values[1]:
+          here, there = map(json.dumps, values)
+          return (
+            f"{name}: process 0 has {here}, process {other} has {there}; all"
+            " need the same command"
+          )
+    return ""
+
+  message = from_first(first_difference, name="settings")
+  if message:
+    raise UserError(message)
 
 
 def by_first(act: Callable[[], object], *, name: str) -> None:

@@ -167,7 +167,7 @@ def check_unchanged(start: Start, directory: epath.Path) -> None:
 def is_done(directory: epath.Path) -> bool:
   """Whether the stage has left its MODEL."""
   marker = directory / "model" / "config.json"
-  return processes.from_first(marker.exists, name=f"{directory.name} done")
+  return processes.from_first(marker.exists, name="stage done")
 
 
 def _identity(start: Start) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from absl import logging
 from etils import epath
 
-from aquila_jax.core import errors, processes
+from aquila_jax.core import disk, errors, processes
 
 NAME = "lock"
 _TRIES = 20  # half a second each: a shared disk may be slow to show a file
@@ -34,8 +34,8 @@ def locked(workdir: epath.Path) -> Iterator[None]:
     workdir: of a run; it must exist.
 
   Raises:
-    errors.UserError: where another run holds it, naming that; where not all
-      processes of this one see the same directory.
+    errors.UserError: where another run holds it, naming that; where it cannot
+      be written to; where not all processes of this one see the same directory.
   """
   if "://" in os.fspath(workdir):
     logging.info("%s is not local: no lock keeps a second run out", workdir)
@@ -75,7 +75,15 @@ def _check_shared(workdir: epath.Path) -> None:
 def _acquire(path: str) -> int:
   """The descriptor of the lock file, which is held while it is open."""
   while True:
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+      file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+      if disk.why_full(error):
+        raise
+      raise errors.UserError(
+        f"--workdir={os.path.dirname(path)!r}: cannot be written to:"
+        f" {error.strerror}"
+      ) from error
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -133,7 +133,7 @@ def _taken(size: int, free: list[int]) -> tuple[tuple[int, ...], list[int]]:
 def _check_kind(kind: str, *, flag: str) -> None:
   if kind not in KINDS:
     raise errors.UserError(
-      f"{flag}: of {kind} no rates are known here; expected one of"
+      f"{flag}: of {kind or 'nothing'} no rates are known here; expected one of"
       f" {', '.join(KINDS)}"
     )
 

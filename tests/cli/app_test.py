@@ -107,6 +107,18 @@ def test_mistakes_on_the_command_line_are_refused(commands):
         "--seed=9223372036854775808: 9223372036854775808 is not an integer in"
         " the range [0, 9223372036854775807]",
       ),
+      "a workdir of no name": (
+        ("train", SMOKE, "--stage=dense", "--workdir="),
+        "--workdir=: expected a folder to write to",
+      ),
+      "an experiment in no workdir": (
+        ("efficient_scale", SMOKE, "--workdir="),
+        "--workdir=: expected a folder to write to",
+      ),
+      "no patience": (
+        ("train", SMOKE, "--stage=dense", "--workdir=x", "--lost_after_s=0"),
+        "--lost_after_s=0: 0.0 is not number >= 1.0",
+      ),
       "a missing config": (
         ("count", "--config=experiments/configs/smok.py"),
         "--config='experiments/configs/smok.py': there is no such file; did you"

@@ -63,7 +63,7 @@ def test_mistakes_are_refused(commands):
     {
       "no verb": (
         ("plan", SMOKE, "--topology=v5e:2x2"),
-        "None: expected `plan compile`, `plan memory`, `plan search`, `plan"
+        "nothing: expected `plan compile`, `plan memory`, `plan search`, `plan"
         " growth`, `plan export`, then flags",
       ),
       "no pod": (
@@ -73,11 +73,13 @@ def test_mistakes_are_refused(commands):
       "two pods": (
         ("plan", "memory", SMOKE, "--stage=dense", "--topology=v5e:2x2")
         + ("--devices=4",),
-        "--topology=v5e:2x2: expected it, or --kind and --devices",
+        "--topology=v5e:2x2: and --kind or --devices are given; expected one of"
+        " the two ways",
       ),
       "no kind": (
         ("plan", "search", SMOKE, "--stage=dense", "--devices=4"),
-        "--kind=: of  no rates are known here; expected one of v5e, v5p, v6e",
+        "--kind=: of nothing no rates are known here; expected one of v5e, v5p,"
+        " v6e",
       ),
       "another topology": (
         ("plan", "memory", SMOKE, "--stage=dense", "--topology=v5p:4"),
@@ -98,6 +100,22 @@ def test_mistakes_are_refused(commands):
         ("plan", "memory", SMOKE, "--stage=dense", "--topology=v5e:2x2")
         + ("--output=no/where.json",),
         "--output=no/where.json: no is not a directory",
+      ),
+      "a folder to write": (
+        ("plan", "memory", SMOKE, "--stage=dense", "--topology=v5e:2x2")
+        + ("--output=experiments",),
+        "--output=experiments: expected a file",
+      ),
+      "a device to write": (
+        ("plan", "memory", SMOKE, "--stage=dense", "--topology=v5e:2x2")
+        + ("--output=/dev/null",),
+        "--output=/dev/null: expected a file",
+      ),
+      "chips that divide no batch": (
+        ("plan", "search", SMOKE, "--stage=dense", "--kind=v5e")
+        + ("--devices=7",),
+        "--topology=v5e:1x7: by no mesh, microbatches and remat does dense fit;"
+        " expected more chips, or a batch of which they divide the rows",
       ),
     }
   )

@@ -99,8 +99,14 @@ def _with_devices(commands: Commands, number: int) -> Commands:
   return commands.with_environment(XLA_FLAGS=brief.with_devices(number))
 
 
-def _start(commands: Commands, number: int, command: tuple[str, ...]) -> Job:
-  """`number` processes of one device each."""
+def _start(
+  commands: Commands,
+  number: int,
+  command: tuple[str, ...],
+  *,
+  last: tuple[str, ...] = (),
+) -> Job:
+  """`number` processes of one device each; flags that the last has besides."""
   coordinator = f"localhost:{_free_port()}"
   one = _with_devices(commands, 1)
   flags = (
@@ -109,7 +115,10 @@ def _start(commands: Commands, number: int, command: tuple[str, ...]) -> Job:
     f"--lost_after_s={LOST_AFTER_S}",
   )
   processes = [
-    one.start(*command, *flags, f"--process_id={i}") for i in range(number)
+    one.start(
+      *command, *flags, f"--process_id={i}", *(last if i == number - 1 else ())
+    )
+    for i in range(number)
   ]
   return Job(processes=processes, coordinator=coordinator)
 
@@ -328,6 +337,53 @@ def test_a_full_disk_of_one_process_ends_both_with_4(commands, data, tmp_path):
   assert second.last_line == f"aquila_jax: process 1: {full}"
   assert first.last_line == f"aquila_jax: process 1 has ended: {full}"
   assert not (run / "checkpoints" / "4").exists()
+
+
+@pytest.mark.parametrize(
+  ("last", "message"),
+  [
+    (
+      "--config.stages.dense.train.optimizer.learning_rate=0.5",
+      "config.stages.dense.train.optimizer.learning_rate: process 0 has 0.003,"
+      " process 1 has 0.5; all need the same command",
+    ),
+    pytest.param(
+      "--nosave_optimizer",
+      "--save_optimizer: process 0 has true, process 1 has false; all need the"
+      " same command",
+      marks=pytest.mark.long,
+    ),
+  ],
+)
+def test_commands_that_differ_are_refused(
+  commands, data, tmp_path, last, message
+):
+  command = _command(data, tmp_path / "run")
+  first, second = _start(commands, 2, command, last=(last,)).ended()
+  assert (first.code, second.code) == (2, 2)
+  assert first.last_line == f"aquila_jax: {message}"
+  assert second.last_line == f"aquila_jax: process 1: {message}"
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
+def test_processes_of_different_workdirs_end_in_time(commands, data, tmp_path):
+  other = tmp_path / "other"
+  job = _start(
+    commands,
+    2,
+    _command(data, tmp_path / "run"),
+    last=(f"--workdir={other}",),
+  )
+  first, second = job.ended()
+  message = (
+    f"--workdir={str(other)!r}: what process 0 writes there is not seen here;"
+    " all processes need one directory, on a shared disk or gs://"
+  )
+  assert (first.code, second.code) == (2, 2)
+  assert second.last_line == f"aquila_jax: process 1: {message}"
+  assert first.last_line == f"aquila_jax: process 1 has ended: {message}"
+  assert not other.exists()
 
 
 def test_who_cannot_come_together_is_told_so_in_time(commands, data, tmp_path):

@@ -165,8 +165,17 @@ REFUSED = [
   (
     ec.MeshConfig,
     {"data": -1, "fsdp": -1},
-    "mesh sizes (-1, -1, 1, 1, 1) (data, fsdp, expert, sequence, tensor): need"
-    " >= 1 each, at most one -1",
+    "data=-1 and fsdp=-1: at most one axis can have the devices that are left",
+  ),
+  (
+    ec.MeshConfig,
+    {"tensor": 0},
+    "tensor=0: need >= 1, or -1 for the devices that are left",
+  ),
+  (
+    ec.MeshConfig,
+    {"expert": -2},
+    "expert=-2: need >= 1, or -1 for the devices that are left",
   ),
   (ec.EvaluationConfig, {"max_tokens": -1}, "max_tokens=-1: need >= 0"),
   (ec.EvaluationConfig, {"batch_size": 0}, "batch_size=0: need >= 1"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -43,6 +44,23 @@ def test_a_second_run_is_refused_and_names_the_first(tmp_path):
   assert list(tmp_path.iterdir()) == []
   with locked(workdir):
     pass
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EPERM, errno.EACCES])
+def test_a_workdir_that_cannot_be_written_to_is_refused(
+  tmp_path, monkeypatch, number
+):
+  """Root, as which tests may run, is refused by disks alone."""
+
+  def refuse(path, *arguments):
+    raise OSError(number, os.strerror(number), path)
+
+  monkeypatch.setattr(os, "open", refuse)
+  with pytest.raises(errors.UserError) as caught, locked(epath.Path(tmp_path)):
+    raise AssertionError("it runs")
+  assert str(caught.value) == (
+    f"--workdir='{tmp_path}': cannot be written to: {os.strerror(number)}"
+  )
 
 
 def test_the_lock_dies_with_its_process(tmp_path):
