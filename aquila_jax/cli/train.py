@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 
 from absl import flags
+from etils import epath
 
 from aquila_jax.cli import app, config_door, model_flags, process_flags
 from aquila_jax.core import disk, errors, processes
@@ -87,6 +88,8 @@ def main() -> None:
     total_steps=budget.total_steps(experiment, name),
     name="--profile_steps",
   )
+  if _REPLAY_STEP.value:
+    _check_run(workdir)
   make_workdir(workdir)
   with disk.naming(workdir), locked(workdir):
     context = make_context(experiment, workdir, say=say_on_stderr)
@@ -106,6 +109,19 @@ def main() -> None:
     )
   if processes.is_first():
     print(f"MODEL: {workdir / 'model'}")
+
+
+def _check_run(workdir: epath.Path) -> None:
+  """Refuses to replay a step where there is no run.
+
+  Raises:
+    errors.UserError: in all processes.
+  """
+  if not processes.from_first(workdir.is_dir, name="workdir there"):
+    raise errors.UserError(
+      f"--workdir={str(workdir)!r}: there is no run; --replay_step takes a step"
+      " of one again"
+    )
 
 
 def _with_init_from(

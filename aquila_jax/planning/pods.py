@@ -45,6 +45,12 @@ class Pod:
     shape = tuple(int(size) for size in found["shape"].split("x"))
     if 0 in shape:
       raise errors.UserError(f"--topology={topology}: expected sizes above 0")
+    _, dims = _LARGEST[found["kind"]]
+    if len(shape) != dims:
+      raise errors.UserError(
+        f"--topology={topology}: {found['kind']} has {dims} dimensions;"
+        f" expected sizes along each, as {found['kind']}:{'x'.join(dims * '4')}"
+      )
     return cls(kind=found["kind"], shape=shape)
 
   @classmethod

@@ -115,6 +115,12 @@ def test_mistakes_on_the_command_line_are_refused(commands):
         ("efficient_scale", SMOKE, "--workdir="),
         "--workdir=: expected a folder to write to",
       ),
+      "a step of no run": (
+        ("train", SMOKE, "--stage=dense", "--workdir=no/run")
+        + ("--replay_step=3",),
+        "--workdir='no/run': there is no run; --replay_step takes a step of one"
+        " again",
+      ),
       "no patience": (
         ("train", SMOKE, "--stage=dense", "--workdir=x", "--lost_after_s=0"),
         "--lost_after_s=0: 0.0 is not number >= 1.0",

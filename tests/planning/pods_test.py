@@ -36,6 +36,8 @@ def test_the_most_compact_of_a_count(kind, count, topology):
     ("v5p", "--topology=v5p: expected a kind and chips"),
     ("v5p:4", "--topology=v5p:4: expected a kind and chips"),
     ("v5p:4x0x4", "--topology=v5p:4x0x4: expected sizes above 0"),
+    ("v5p:4x4", "--topology=v5p:4x4: v5p has 3 dimensions; expected sizes"),
+    ("v6e:4x4x1", "--topology=v6e:4x4x1: v6e has 2 dimensions; expected sizes"),
     ("v4:2x2x1", "--topology=v4:2x2x1: of v4 no rates are known"),
   ],
 )
