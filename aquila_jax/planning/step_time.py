@@ -25,7 +25,8 @@ from aquila_jax.planning.step_memory import Step, leaves
 from aquila_jax.sharding.rules import GATHERED
 
 # Of the published rate, what a step without links gets of it, by compiled steps
-# of AquilaMoE-8x16B; that of v5e is between the two.
+# of AquilaMoE-8x16B: experts, and all else. v5e's are between the others.
+EXPERT_RATES = {"TPU v5 lite": 0.86, "TPU v5": 0.96, "TPU v6 lite": 0.76}
 RATES = {"TPU v5 lite": 0.75, "TPU v5": 0.84, "TPU v6 lite": 0.65}
 # Rows of a tile of the experts' kernels, one of which experts share.
 _TILE_ROWS = 512
@@ -77,42 +78,44 @@ def step_time(step: Step, pod: Pod) -> StepTime:
     Its parts.
   """
   chip = pod.chip
-  needed, computed = _flops(step)
-  rate = chip.flops * RATES[pod.device_kind]
+  needed, experts, rest = _flops(step)
+  kind = pod.device_kind
+  compute = experts / EXPERT_RATES[kind] + rest / RATES[kind]
   return StepTime(
-    compute=computed / rate,
+    compute=compute / chip.flops,
     memory=_memory_bytes(step) / chip.memory_bytes,
     links=_links(step, pod),
     flops=needed / chip.flops,
   )
 
 
-def _flops(step: Step) -> tuple[float, float]:
-  """Of a device in a step: what the model needs, and what is computed."""
+def _flops(step: Step) -> tuple[float, float, float]:
+  """Of a device in a step: needed ones; those of experts, and of all else."""
   model, train = step.model, step.train
   counted = _counted(model, train.sequence_length)
   parts = {name: part.forward_flops for name, part in counted.parts.items()}
   body = counted.total.forward_flops - parts["lm_head"]
   experts = parts.get("experts", 0)
-  # Of three products of experts the last is not always computed again.
-  experts_again = experts * 2 / 3 if step.weighs_here else experts
+  passes = 3 + train.has_load_pass(model)
+  # A tile in which experts meet is computed for each of them.
+  of_experts = experts * passes * step.tile_share(_TILE_ROWS)
+  if model.remat != "none":
+    # Of three products of experts the last is not always computed again.
+    of_experts += experts * 2 / 3 if step.weighs_here else experts
   again = {
     "none": 0,
     # Kernels are no matrix products of which the policy knows.
-    "dots": parts["attention scores"] + experts_again,
-    "full": body - experts + experts_again,
+    "dots": parts["attention scores"],
+    "full": body - experts,
   }[model.remat]
-  passes = 3 + train.has_load_pass(model)
-  # A tile in which experts meet is computed for each of them.
-  padding = experts * passes * (step.tile_share(_TILE_ROWS) - 1)
   if model.head_chunks > 1:
     again += parts["lm_head"]
-  computed = counted.train_flops + again + padding
   if train.has_load_pass(model):
-    computed += body
+    again += body - experts
+  rest = counted.train_flops - 3 * experts + again
   tokens = step.tokens * train.num_microbatches
-  per_device = tokens / step.mesh.shape.get("tensor", 1)
-  return per_device * counted.train_flops, per_device * computed
+  device = tokens / step.mesh.shape.get("tensor", 1)
+  return device * counted.train_flops, device * of_experts, device * rest
 
 
 @functools.cache
@@ -189,8 +192,10 @@ def _links(step: Step, pod: Pod) -> float:
     is_head = leaf.axes.has("vocab", Role.WRITES)
     is_table = leaf.axes.has("vocab", Role.NEITHER)
     if whole > cut and not is_table:
-      # And an all-reduce of gradients, which is twice a gathering.
-      passes = 3 if is_head else forward + 2
+      # Gradients of experts are scattered (layers/gathering.py), those that the
+      # compiler divides by itself all-reduced, which is twice a gathering.
+      sums = 1 if leaf.axes.has("expert") else 2
+      passes = sums + (1 if is_head else forward)
       seconds += passes * whole * c / all_parts
     if step.mesh.shape.get("data", 1) > 1:
       seconds += 2 * cut * c / wide["data"]
