@@ -188,10 +188,11 @@ def _command(name: str, plan: QuickPlan) -> str:
 
 
 def _check_output(output: str) -> None:
-  parent = epath.Path(output).expanduser().parent
-  if not parent.is_dir():
-    raise errors.UserError(f"--output={output}: {parent} is not a directory")
   path = epath.Path(output).expanduser()
+  if not path.parent.is_dir():
+    raise errors.UserError(
+      f"--output={output}: {path.parent} is not a directory"
+    )
   if path.exists() and not os.path.isfile(path):
     raise errors.UserError(f"--output={output}: expected a file")
 

@@ -12,7 +12,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, Union
 
 from aquila_jax.core import errors
@@ -80,13 +80,16 @@ def to_dict(config: Any) -> Any:
 
 def differences(old: Any, new: Any, path: str = "config") -> list[str]:
   """Where two trees of `to_dict` differ, as `path: old -> new`."""
+  return [f"{name}: {a!r} -> {b!r}" for name, a, b in changes(old, new, path)]
+
+
+def changes(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+  """Path and both values of each leaf in which trees of `to_dict` differ."""
   if isinstance(old, Mapping) and isinstance(new, Mapping):
-    return [
-      line
-      for key in sorted({*old, *new})
-      for line in differences(old.get(key), new.get(key), f"{path}.{key}")
-    ]
-  return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+    for key in sorted({*old, *new}):
+      yield from changes(old.get(key), new.get(key), f"{path}.{key}")
+  elif old != new:
+    yield path, old, new
 
 
 def require(condition: bool, message: str) -> None:

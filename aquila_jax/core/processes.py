@@ -18,6 +18,7 @@ import numpy as np
 from jax._src import distributed  # its client is not public; Orbax uses it too
 from jax.sharding import NamedSharding, PartitionSpec
 
+from aquila_jax.core import config
 from aquila_jax.core.errors import UserError
 
 _KEYS = "aquila_jax"
@@ -95,8 +96,8 @@ def check_equal(settings: Mapping[str, Any]) -> None:
   They would train replicas of different models, or wait for each other forever.
 
   Args:
-    settings: name -> value, plain JSON, the same names in all processes of a
-      version of the program.
+    settings: name -> value or tree of values, plain JSON, the same names in all
+      processes.
 
   Raises:
     UserError: in all of them, naming the first that differs.
@@ -110,12 +111,11 @@ def check_equal(settings: Mapping[str, Any]) -> None:
     for other in range(1, count()):
       said = client().blocking_key_value_get(f"{key}/{other}", _FOREVER_MS)
       theirs = json.loads(said)
-      for name in sorted({*mine, *theirs}):
-        values = [tree.get(name, "nothing") for tree in (mine, theirs)]
-        if values[0] != values[1]:
+      for name in mine:
+        for path, *values in config.changes(mine[name], theirs[name], name):
           here, there = map(json.dumps, values)
           return (
-            f"{name}: process 0 has {here}, process {other} has {there}; all"
+            f"{path}: process 0 has {here}, process {other} has {there}; all"
             " need the same command"
           )
     return ""
